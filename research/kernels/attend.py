@@ -1,0 +1,48 @@
+"""The attention contract, and its reference form that builds the T×S scores.
+
+`attend(q, k, v, mask, scale=None) -> [B, T, N, H]`
+    q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K: query head n reads key/value head
+    n // (N // K). Scores are q·k * scale (1/sqrt(H) when None), softmax in float32. A query that
+    sees no key gives zeros. The result has q's dtype.
+
+Every kernel has this signature: `reference` here, `blockwise` on the CPU, Pallas on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from research.kernels.mask import Mask, distance, to_dense
+from research.types import Array
+
+Attend = Callable[..., Array]
+
+
+def attention_weights(q: Array, k: Array, mask: Mask, scale: float | None = None) -> Array:
+    """softmax(q·kᵀ * scale + bias) over the visible keys: [B, N, T, S] float32."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    scale = H**-0.5 if scale is None else scale
+    q = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = scores.reshape(B, N, T, S)
+    if mask.slopes is not None:
+        scores += mask.slopes[None, :, None, None] * distance(mask, T, S)
+    visible = to_dense(mask, T, S)
+    peak = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-jnp.inf)
+    peak = jnp.where(jnp.isfinite(peak), peak, 0)
+    # The double where: exp never sees a masked score, so no gradient is inf * 0.
+    powers = jnp.where(visible, jnp.exp(jnp.where(visible, scores - peak, 0)), 0)
+    total = powers.sum(-1, keepdims=True)
+    return powers / jnp.where(total == 0, 1, total)
+
+
+def reference(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None) -> Array:
+    """The contract above, written out; memory grows as T×S."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    weights = attention_weights(q, k, mask, scale).reshape(B, K, N // K, T, S)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return out.reshape(B, T, N, H).astype(q.dtype)

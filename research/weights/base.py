@@ -1,0 +1,100 @@
+"""A Weight stands in the parameter tree where a matrix stood, and decides how to multiply.
+
+The matrices it denotes have shape [..., in, out]: a layer computes x @ W. Leading axes are layers
+(a scanned stack slices them off before anyone multiplies), so every array leaf of a Weight must
+carry the same leading axes; a scalar per matrix is an array of shape [...], never a Python float
+that differs between layers.
+
+A Weight is a pytree, so it passes through jit, grad, scan, optax and orbax like an array. It is
+also a Linen `AxisMetadata`: should stock Flax code meet it, `unbox` gives the dense matrix.
+Weights nest: LoRA(base=NF4(...)) is QLoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from research.types import Array, Params
+
+
+@struct.dataclass
+class Call:
+    """What a multiplication may need beyond its operands."""
+
+    dropout: Array | None = None  # rng of this layer and step; None outside training
+
+
+EVALUATE = Call()
+
+
+class Weight(nn.meta.AxisMetadata):
+    """Interface and correct defaults; subclasses are `flax.struct.dataclass`es."""
+
+    def dense(self) -> Array:
+        """The matrix this stands for, [..., in, out]."""
+        raise NotImplementedError(f"{type(self).__name__} must say which matrix it denotes")
+
+    def matmul(self, x: Array, call: Call) -> Array:
+        """x [..., in] -> [..., out]. The dense form is rebuilt, not kept, for the backward pass."""
+        product = jax.checkpoint(lambda w, x: x @ w.dense().astype(x.dtype), prevent_cse=False)
+        return product(self, x)
+
+    def matmul_transposed(self, x: Array, call: Call) -> Array:
+        """x [..., out] -> [..., in]: multiplication by Wᵀ, for a tied output head."""
+        product = jax.checkpoint(lambda w, x: x @ w.dense().astype(x.dtype).T, prevent_cse=False)
+        return product(self, x)
+
+    def take(self, ids: Array, call: Call) -> Array:
+        """Rows `ids` of the matrix: [...] -> [..., out], for an embedding table."""
+        return jnp.take(self.dense(), ids, axis=0)
+
+    def axes(self, names: tuple) -> Weight:
+        """The same node with every array leaf replaced by its tuple of logical axis names."""
+        raise NotImplementedError(f"{type(self).__name__} must name the axes of its leaves")
+
+    # What Linen asks of boxed metadata.
+    def unbox(self) -> Array:
+        return self.dense()
+
+    def replace_boxed(self, val: Any) -> Any:
+        return val
+
+    def add_axis(self, index: int, params: dict) -> Weight:
+        return self
+
+    def remove_axis(self, index: int, params: dict) -> Weight:
+        return self
+
+
+def is_weight(node: Any) -> bool:
+    return isinstance(node, Weight)
+
+
+def matmul(x: Array, w: Array | Weight, call: Call = EVALUATE) -> Array:
+    """x [..., in] times w [in, out]: the one place where a matrix's representation is looked at."""
+    return w.matmul(x, call) if is_weight(w) else x @ w.astype(x.dtype)
+
+
+def matmul_transposed(x: Array, w: Array | Weight, call: Call = EVALUATE) -> Array:
+    """x [..., out] times wᵀ, w [in, out]."""
+    return w.matmul_transposed(x, call) if is_weight(w) else x @ w.astype(x.dtype).T
+
+
+def take(w: Array | Weight, ids: Array, call: Call = EVALUATE) -> Array:
+    """Rows `ids` of w [in, out]: [...] -> [..., out]."""
+    return w.take(ids, call) if is_weight(w) else jnp.take(w, ids, axis=0)
+
+
+def dense(w: Array | Weight) -> Array:
+    """The matrix as an array."""
+    return w.dense() if is_weight(w) else w
+
+
+def merge(params: Params) -> Params:
+    """The same function with every Weight replaced by the dense matrix it denotes."""
+    return jax.tree.map(dense, params, is_leaf=is_weight)
