@@ -12,7 +12,7 @@ einsum strings, docstrings and comments:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,3 +53,18 @@ class Mean:
 # weights already divided by the counts of the whole optimizer step, so that micro-batches and
 # devices only add. Metrics are `Mean`s, which add too.
 Objective = Callable[[Params, Any, Batch, Array], tuple[Array, dict[str, Mean]]]
+
+
+class Source(NamedTuple):
+    """Where batches come from: two functions, in the manner of an optax transformation.
+
+    init(rng) -> state
+    next(state, params, context, rng, last_metrics) -> (batch, state)
+
+    `state` is a small pytree of integers and arrays and is checkpointed, so that a resumed run goes
+    on with the batch that would have come next. The batch's weights are already divided by their
+    sums over the whole optimizer step.
+    """
+
+    init: Callable[[Array], PyTree]
+    next: Callable[..., tuple[Batch, PyTree]]
