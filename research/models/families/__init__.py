@@ -1,0 +1,18 @@
+"""The model families, found by the architecture that a config.json names."""
+
+from types import ModuleType
+
+from research.models.families import llama
+from research.models.families.checkpoint import ConfigError
+
+FAMILIES = (llama,)
+
+
+def find(config: dict) -> ModuleType:
+    """The family module that implements `config["architectures"]`; ConfigError when none does."""
+    named = config.get("architectures") or []
+    for family in FAMILIES:
+        if any(architecture in family.ARCHITECTURES for architecture in named):
+            return family
+    known = [architecture for family in FAMILIES for architecture in family.ARCHITECTURES]
+    raise ConfigError(f"config.json: architectures {named} are not implemented, only {known}")

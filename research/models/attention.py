@@ -1,0 +1,104 @@
+"""Multi-head, grouped-query and multi-query attention, and the key/value cache.
+
+Vaswani et al. 2017 (arXiv:1706.03762); kv_heads = heads is multi-head, 1 multi-query (Shazeer
+2019, arXiv:1911.02150), between them grouped-query attention (Ainslie et al. 2023,
+arXiv:2305.13245). The cache is an ordinary argument and result.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from research.kernels.attend import Attend
+from research.kernels.mask import Mask
+from research.models.layers import Linear
+from research.models.position import NoPosition, Tables
+from research.types import Array
+
+
+@struct.dataclass
+class Inputs:
+    """What every layer of one forward pass shares."""
+
+    tables: Tables
+    mask: Mask
+    position: NoPosition = struct.field(pytree_node=False)
+    attend: Attend = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class LayerCache:
+    """One layer's keys and values [B, S, K, H]; stacked layers carry a leading axis L."""
+
+    keys: Array
+    values: Array
+
+
+@struct.dataclass
+class Cache:
+    """The past of a batch: slots 0..index-1 are filled, in order, for every row.
+
+    layers       as the parameters are: per stack and block, stacked or one per layer
+    segment_ids  [B, S] of the filled slots; 0 is padding or not yet filled
+    index        int32 scalar, the next free slot
+    lengths      [B] int32, real tokens so far: the position of the next one
+    """
+
+    layers: tuple
+    segment_ids: Array
+    index: Array
+    lengths: Array
+
+
+def write(cache: LayerCache, keys: Array, values: Array, index: Array) -> LayerCache:
+    """The cache with [B, T, K, H] new keys and values at slots index..index+T-1."""
+    start = (0, index, 0, 0)
+    return LayerCache(
+        jax.lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), start),
+        jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), start),
+    )
+
+
+class Attention(nn.Module):
+    """x [B, T, D] -> [B, T, D].
+
+    bias: on q, k and v; out_bias: on the output projection. window: keys each query sees, itself
+    included (None: all). scale: of q·k, 1/sqrt(H) when None.
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    bias: bool = False
+    out_bias: bool = False
+    window: int | None = None
+    scale: float | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Array, inputs: Inputs, cache: LayerCache | None = None
+    ) -> tuple[Array, LayerCache | None]:
+        B, T, D = x.shape
+        q = self._heads("q", self.heads, "heads")(x).reshape(B, T, self.heads, self.head_size)
+        k = self._heads("k", self.kv_heads, "kv_heads")(x).reshape(B, T, -1, self.head_size)
+        v = self._heads("v", self.kv_heads, "kv_heads")(x).reshape(B, T, -1, self.head_size)
+        q = inputs.position.rotate(q, inputs.tables)
+        k = inputs.position.rotate(k, inputs.tables)
+        mask = inputs.mask.replace(slopes=inputs.position.slopes(self.heads))
+        if self.window is not None:
+            mask = mask.replace(window=self.window)
+        if cache is not None:
+            cache = write(cache, k, v, mask.offset)
+            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
+        y = inputs.attend(q, k, v, mask, self.scale).reshape(B, T, -1)
+        return Linear(D, ("heads", "embed"), self.out_bias, name="o")(y), cache
+
+    def _heads(self, name: str, count: int, axis: str) -> Linear:
+        return Linear(count * self.head_size, ("embed", axis), self.bias, name=name)
+
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LayerCache:
+        shape = (batch, length, self.kv_heads, self.head_size)
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

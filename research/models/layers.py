@@ -1,0 +1,137 @@
+"""The layers every family is made of: Linear, Embedding, RMSNorm, LayerNorm, Mlp, GatedMlp.
+
+A layer fetches its matrix as it lies in the parameters, an array or a Weight, and multiplies
+through `weights.base.matmul`: no layer knows about LoRA or quantization. Matrices are [in, out].
+Computation is in the dtype of the input; norms in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from research.types import Array
+from research.weights import base
+
+Init = Callable[..., Array]
+normal = nn.initializers.normal
+
+
+def leaf(module: nn.Module, name: str, init: Init, shape: tuple, axes: tuple) -> Any:
+    """The module's parameter `name`: an array of `shape`, or the Weight that stands for it.
+
+    `axes` names the logical axes; the names are seen only by `eval_shape` of `init`.
+    Raises ValueError naming the parameter when an array has another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, nn.with_partitioning(init, axes), shape)
+    value = module.get_variable("params", name)
+    if isinstance(value, nn.Partitioned):  # straight from Linen's `init`
+        value = value.value
+    if not base.is_weight(value) and value.shape != shape:
+        path = "/".join((*module.path, name))
+        raise ValueError(f"parameter {path!r} has shape {value.shape}, the config says {shape}")
+    return value
+
+
+def call_of(module: nn.Module) -> base.Call:
+    """Dropout happens exactly when a 'dropout' rng was given to `apply`."""
+    has_rng = module.has_rng("dropout")
+    return base.Call(dropout=module.make_rng("dropout") if has_rng else None)
+
+
+class Linear(nn.Module):
+    """x [..., in] -> x W + b, [..., features]."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    bias: bool = False
+    kernel_init: Init = normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (x.shape[-1], self.features)
+        y = base.matmul(x, leaf(self, "kernel", self.kernel_init, shape, self.axes), call_of(self))
+        if self.bias:
+            b = leaf(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
+            y = y + b.astype(y.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """ids [...] -> rows of a [vocab_size, width] table; `attend` multiplies by its transpose."""
+
+    vocab_size: int
+    width: int
+    init_std: float = 0.02
+
+    def setup(self):
+        shape = (self.vocab_size, self.width)
+        self.table = leaf(self, "table", normal(self.init_std), shape, ("vocab", "embed"))
+
+    def __call__(self, ids: Array) -> Array:
+        return base.take(self.table, ids, call_of(self))
+
+    def attend(self, x: Array) -> Array:
+        """x [..., width] -> logits [..., vocab_size]: a head tied to the table."""
+        return base.matmul_transposed(x, self.table, call_of(self))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * scale, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = leaf(self, "scale", nn.initializers.ones, x.shape[-1:], ("embed",))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = leaf(self, "scale", nn.initializers.ones, x.shape[-1:], ("embed",))
+        bias = leaf(self, "bias", nn.initializers.zeros, x.shape[-1:], ("embed",))
+        y = x.astype(jnp.float32)
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(x.dtype)
+
+
+class Mlp(nn.Module):
+    """activation(x W_up) W_down."""
+
+    features: int
+    activation: Callable[[Array], Array] = nn.gelu
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        up = Linear(self.features, ("embed", "ffn"), self.bias, name="up")(x)
+        return Linear(x.shape[-1], ("ffn", "embed"), self.bias, name="down")(self.activation(up))
+
+
+class GatedMlp(nn.Module):
+    """(activation(x W_gate) * x W_up) W_down; SwiGLU with silu (Shazeer 2020, arXiv:2002.05202)."""
+
+    features: int
+    activation: Callable[[Array], Array] = nn.silu
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gate = Linear(self.features, ("embed", "ffn"), self.bias, name="gate")(x)
+        up = Linear(self.features, ("embed", "ffn"), self.bias, name="up")(x)
+        inner = self.activation(gate) * up
+        return Linear(x.shape[-1], ("ffn", "embed"), self.bias, name="down")(inner)
