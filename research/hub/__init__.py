@@ -1,0 +1,6 @@
+"""Models in and out: `load` and `save` of Hugging Face directories, GGUF files, PEFT adapters."""
+
+from research.hub.checkpoint import CheckpointError
+from research.hub.pretrained import Pretrained, load, save
+
+__all__ = ["CheckpointError", "Pretrained", "load", "save"]

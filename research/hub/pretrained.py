@@ -1,0 +1,135 @@
+"""A model with its parameters, tokenizer and config: loaded from a file or directory, saved to one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.hub import huggingface
+from research.hub.assemble import assemble, disassemble
+from research.hub.checkpoint import Checkpoint, CheckpointError
+from research.hub.gguf import open_gguf
+from research.hub.gguf_tokenizer import tokenizer_of
+from research.hub.replace import replacing
+from research.models import families
+from research.models.decoder import Decoder, init
+from research.models.families.checkpoint import ConfigError
+from research.tokenize.tokenizer import Tokenizer
+from research.types import Array, Params
+
+MAX_SHARD_BYTES = 2 * 1000**3
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# What older versions of transformers wrote, said again by rope_parameters and dtype.
+OLD_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype")
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """config: the dictionary of a Hugging Face config.json, whatever the file was.
+
+    tokenizer is None for a directory without tokenizer files. generation: the dictionary of
+    generation_config.json, empty when there is none.
+    """
+
+    model: Decoder
+    params: Params
+    tokenizer: Tokenizer | None
+    config: dict[str, Any]
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    def logits(self, tokens: Any) -> Array:
+        """Token ids [B, T] (or [T], as one row) -> logits [B, T, V] float32."""
+        tokens = jnp.atleast_2d(jnp.asarray(tokens, jnp.int32))
+        return _logits(self.model, self.params, tokens)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(model: Decoder, params: Params, tokens: Array) -> Array:
+    return model.apply({"params": params}, tokens)
+
+
+def load(path: str | Path, dtype: Any = jnp.float32) -> Pretrained:
+    """A model from a Hugging Face directory or a .gguf file, parameters in `dtype`.
+
+    Raises CheckpointError (or TokenizerError) naming the file and what is wrong with it, before
+    any parameter is allocated.
+    """
+    path = Path(path)
+    if path.is_dir():
+        checkpoint = huggingface.open_directory(path)
+        tokenizer, generation = read_tokenizer(path), read_generation(path)
+    elif path.exists() or path.suffix == ".gguf":
+        checkpoint, metadata = open_gguf(path)
+        tokenizer, generation = tokenizer_of(path, metadata), {}
+    else:
+        raise CheckpointError(f"{path}: there is no such file or directory")
+    model, params = build(checkpoint, dtype)
+    return Pretrained(model, params, tokenizer, checkpoint.config, generation)
+
+
+def build(checkpoint: Checkpoint, dtype: Any) -> tuple[Decoder, Params]:
+    """The model that a checkpoint's config describes and its parameters."""
+    try:
+        family = families.find(checkpoint.config)
+        config = family.from_huggingface(checkpoint.config)
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    model = Decoder(config)
+    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    return model, assemble(checkpoint, family.name_map(config), shapes, dtype)
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """The directory's tokenizer; None when it holds no tokenizer file at all."""
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return Tokenizer.from_directory(directory)
+
+
+def read_generation(directory: Path) -> dict[str, Any]:
+    file = directory / huggingface.GENERATION
+    return huggingface.read_json(file) if file.exists() else {}
+
+
+def save(
+    directory: str | Path, pretrained: Pretrained, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a directory that `transformers` and `load` open, Weights merged, dtypes kept.
+
+    An existing model directory is replaced when everything is written, and unchanged when
+    anything fails. Raises CheckpointError then, and when the family has no name for a parameter.
+    """
+    family = families.find(pretrained.config)
+    specs, tensors = disassemble(family.name_map(pretrained.model.config), pretrained.params)
+    config = config_to_save(pretrained, family) | {"dtype": next(iter(specs.values()))[1].name}
+    with replacing(directory, marker=huggingface.CONFIG) as partial_directory:
+        huggingface.write_json(partial_directory / huggingface.CONFIG, config)
+        huggingface.write_weights(partial_directory, specs, tensors, max_shard_bytes)
+        if pretrained.tokenizer is not None:
+            pretrained.tokenizer.save(partial_directory)
+        generation = generation_to_save(pretrained, config)
+        huggingface.write_json(partial_directory / huggingface.GENERATION, generation)
+
+
+def config_to_save(pretrained: Pretrained, family: ModuleType) -> dict[str, Any]:
+    """The config as loaded, except where the model itself says otherwise."""
+    kept = {name: value for name, value in pretrained.config.items() if name not in OLD_FIELDS}
+    config = kept | family.to_huggingface(pretrained.model.config)
+    if pretrained.tokenizer is not None:
+        for name in ("bos", "eos", "pad"):
+            config.setdefault(f"{name}_token_id", getattr(pretrained.tokenizer, f"{name}_id"))
+    return config
+
+
+def generation_to_save(pretrained: Pretrained, config: dict[str, Any]) -> dict[str, Any]:
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation = {name: config[name] for name in ids if config.get(name) is not None}
+    if pretrained.tokenizer is not None and len(pretrained.tokenizer.stop_ids) > 1:
+        generation["eos_token_id"] = list(pretrained.tokenizer.stop_ids)
+    return generation | pretrained.generation
