@@ -1,0 +1,233 @@
+"""Text to ids and back: one form over a `tokenizers` pipeline, with the ids that matter by name.
+
+A directory is read as `transformers` reads it: `tokenizer.json`, or `tokenizer.model` (a
+SentencePiece model, see spm.py), beside `tokenizer_config.json`, `special_tokens_map.json`,
+`chat_template.jinja` and `generation_config.json`; what `save` writes, `transformers` opens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, processors
+
+from research.tokenize import spm
+
+NAMED = ("bos", "eos", "pad", "unk")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer's files are missing, malformed, or contradict each other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """`backend` and the ids of its special tokens; an id is None when there is no such token.
+
+    `stop_ids` end a generated answer; (eos_id,) unless given. `chat_template` is Jinja source and
+    `template_name` says where it came from, for error messages. `sentencepiece` is the serialized
+    SentencePiece model where the tokenizer came from one, so that `save` can write it again.
+    """
+
+    backend: tokenizers.Tokenizer
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    unk_id: int | None = None
+    chat_template: str | None = None
+    stop_ids: tuple[int, ...] = ()
+    template_name: str = "chat template"
+    sentencepiece: bytes | None = None
+
+    def __post_init__(self):
+        # Truncation and padding stored in a tokenizer.json would cut texts silently.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        if not self.stop_ids and self.eos_id is not None:
+            object.__setattr__(self, "stop_ids", (self.eos_id,))
+        named = {f"{name}_id": getattr(self, f"{name}_id") for name in NAMED}
+        for name, token_id in [*named.items(), *(("stop_ids", i) for i in self.stop_ids)]:
+            if token_id is not None and self.backend.id_to_token(token_id) is None:
+                raise TokenizerError(
+                    f"{name} {token_id} is not in the vocabulary of {self.vocab_size} tokens"
+                )
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """The tokenizer in a model directory; TokenizerError names the file that is wrong."""
+        return read(Path(directory))
+
+    def save(self, directory: str | Path) -> None:
+        """Write files from which `from_directory` and `transformers` give the same ids."""
+        write(self, Path(directory))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The backend without its post-processor, which may cut spaces off the offsets."""
+        if self.backend.post_processor is None:
+            return self.backend
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        copy.post_processor = None
+        return copy
+
+    def encode(self, text: str, add_special: bool = False) -> list[int]:
+        """Ids of `text`; special tokens written in it are recognised. `add_special` adds the
+        bos or eos that the tokenizer's post-processor asks for."""
+        return self.backend.encode(text, add_special_tokens=add_special).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, [(start, end)]) with offsets in characters of `text`, nothing added.
+
+        Tokens that hold parts of one character all have that character's span.
+        """
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self.backend.id_to_token(int(token_id))
+
+
+def read(directory: Path) -> Tokenizer:
+    """See `Tokenizer.from_directory`."""
+    if not directory.is_dir():
+        raise TokenizerError(f"{directory} is not a directory")
+    config = _read_json(directory / "tokenizer_config.json", default={})
+    named = _read_json(directory / "special_tokens_map.json", default={})
+    named = {**named, **{key: value for key, value in config.items() if value is not None}}
+    backend, proto = _read_backend(directory, config)
+    ids = {f"{name}_id": _special_id(backend, named, name, directory) for name in NAMED}
+    template, name = _read_template(directory, config)
+    return Tokenizer(
+        backend,
+        **ids,
+        chat_template=template,
+        template_name=name,
+        stop_ids=_stop_ids(directory, ids["eos_id"]),
+        sentencepiece=proto,
+    )
+
+
+def write(tokenizer: Tokenizer, directory: Path) -> None:
+    """See `Tokenizer.save`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = {name: getattr(tokenizer, f"{name}_id") for name in NAMED}
+    named = {f"{name}_token": tokenizer.id_to_token(i) for name, i in ids.items() if i is not None}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **named,
+    }
+    tokenizer.backend.save(str(directory / "tokenizer.json"))
+    _write_json(directory / "tokenizer_config.json", config)
+    _write_json(directory / "special_tokens_map.json", named)
+    if tokenizer.sentencepiece is not None:
+        (directory / "tokenizer.model").write_bytes(tokenizer.sentencepiece)
+    if tokenizer.chat_template is not None:
+        (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    if tokenizer.stop_ids not in ((), (tokenizer.eos_id,)):
+        _write_json(
+            directory / "generation_config.json", {"eos_token_id": list(tokenizer.stop_ids)}
+        )
+
+
+def _read_json(path: Path, default: Any = None) -> Any:
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_backend(directory: Path, config: dict) -> tuple[tokenizers.Tokenizer, bytes | None]:
+    fast, slow = directory / "tokenizer.json", directory / "tokenizer.model"
+    proto = slow.read_bytes() if slow.exists() else None
+    if fast.exists():
+        _read_json(fast)  # tells a truncated file from one of an unknown form
+        try:
+            return tokenizers.Tokenizer.from_file(str(fast)), proto
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"{fast} is not a tokenizer of `tokenizers`: {error}") from error
+    if proto is None:
+        raise TokenizerError(f"{directory} has neither tokenizer.json nor tokenizer.model")
+    backend = spm.backend(spm.parse(proto, str(slow)))
+    for index, token in sorted(config.get("added_tokens_decoder", {}).items(), key=_by_id):
+        _add_token(backend, int(index), token, directory)
+    _add_post_processor(backend, config)
+    return backend, proto
+
+
+def _by_id(entry: tuple[str, dict]) -> int:
+    return int(entry[0])
+
+
+def _add_token(backend: tokenizers.Tokenizer, index: int, token: dict, directory: Path) -> None:
+    added = AddedToken(token["content"], normalized=False, special=token.get("special", False))
+    (backend.add_special_tokens if added.special else backend.add_tokens)([added])
+    if backend.token_to_id(token["content"]) != index:
+        raise TokenizerError(
+            f"{directory / 'tokenizer_config.json'}: added token {token['content']!r} has id "
+            f"{index} there but {backend.token_to_id(token['content'])} in tokenizer.model's order"
+        )
+
+
+def _add_post_processor(backend: tokenizers.Tokenizer, config: dict) -> None:
+    """The bos and eos that a LLaMA tokenizer adds, which a tokenizer.model does not record."""
+    llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    before = ["<s>"] if config.get("add_bos_token", llama) else []
+    after = ["</s>"] if config.get("add_eos_token", False) else []
+    pairs = [(token, backend.token_to_id(token)) for token in before + after]
+    if pairs and all(index is not None for _, index in pairs):
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after], special_tokens=pairs
+        )
+
+
+def _special_id(
+    backend: tokenizers.Tokenizer, named: dict, name: str, directory: Path
+) -> int | None:
+    token = named.get(f"{name}_token")
+    token = token["content"] if isinstance(token, dict) else token
+    if token is None:
+        return None
+    index = backend.token_to_id(token)
+    if index is None:
+        raise TokenizerError(f"{directory}: {name}_token {token!r} is not in the vocabulary")
+    return index
+
+
+def _read_template(directory: Path, config: dict) -> tuple[str | None, str]:
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8"), str(path)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template, f"{directory / 'tokenizer_config.json'} (chat_template)"
+
+
+def _stop_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
+    stop = _read_json(directory / "generation_config.json", default={}).get("eos_token_id")
+    stop = [stop] if isinstance(stop, int) else stop or []
+    return tuple(dict.fromkeys(([] if eos_id is None else [eos_id]) + stop))
