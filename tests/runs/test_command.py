@@ -1,0 +1,141 @@
+import dataclasses
+import json
+
+import pytest
+
+from research.runs import main, param, product, results
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    lr: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    optim: Optim = Optim()
+    steps: int = 100
+    seed: int = 0
+
+
+BASE = Config()
+SWEEP = product(param("optim.lr", 0.1, 0.2), param("seed", 0, 1))
+CALLS = []
+
+
+def run(config, directory):
+    """Notes that it ran; 'fails' after its first half until a file says that half is done."""
+    CALLS.append((config, (directory / "half").exists()))
+    if config.seed == 13 and not (directory / "half").exists():
+        (directory / "half").touch()
+        raise KeyboardInterrupt
+    return {"loss": config.optim.lr * config.steps, "eval": {"nll": float("nan")}}
+
+
+@pytest.fixture
+def start(tmp_path):
+    CALLS.clear()
+
+    def start(*arguments, **more):
+        options = {"smoke": {"steps": 2}, **more}
+        return main(BASE, SWEEP, run, arguments=arguments, root=tmp_path, **options)
+
+    start.results = tmp_path / "experiments/results/test_command.jsonl"
+    start.root = tmp_path
+    return start
+
+
+def test_a_row_holds_what_is_needed_to_repeat_and_to_judge_the_run(start):
+    (row,) = start("--set", "optim.lr=0.5")
+    assert results.read(start.results) == [json.loads(json.dumps(row))]
+    assert row["experiment"] == "test_command"
+    assert row["id"].startswith("test_command-")
+    assert row["overrides"] == {"optim.lr": 0.5}
+    assert row["config"]["optim"] == {"type": f"{__name__}:Optim", "lr": 0.5}
+    assert row["metrics"] == {"loss": 50.0, "eval": {"nll": "nan"}}
+    assert row["seed"] == 0
+    assert row["wall_s"] >= 0
+    assert row["peak_rss_bytes"] > 10_000_000
+    assert {"commit", "dirty"} == row["git"].keys()
+    assert {"versions", "device", "lock_sha256", "started", "attempts"} <= row.keys()
+    config = json.loads((start.root / "runs" / row["id"] / "config.json").read_text())
+    assert config == row["config"]
+
+
+def test_a_sweep_skips_the_rows_that_are_there(start, capsys):
+    start("--set", "optim.lr=0.2")
+    rows = start("--sweep")
+    assert len(rows) == 4
+    assert len(CALLS) == 4  # one before the sweep and three of it
+    assert len({row["id"] for row in results.read(start.results)}) == 4
+    assert "done already" in capsys.readouterr().out
+    start("--sweep")
+    assert len(CALLS) == 4
+
+
+def test_force_runs_again_from_an_empty_directory_and_the_latest_row_counts(start):
+    (first,) = start()
+    (start.root / "runs" / first["id"] / "half").touch()
+    start("--force")
+    assert [had_half for _, had_half in CALLS] == [False, False]
+    rows = results.read(start.results)
+    assert len(rows) == 2
+    assert len(results.latest(rows)) == 1
+
+
+def test_a_run_that_was_cut_off_gets_its_directory_again(start, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        start("--set", "seed=13")
+    assert not start.results.exists()
+    (row,) = start("--set", "seed=13")
+    assert [had_half for _, had_half in CALLS] == [False, True]
+    assert row["attempts"] == 2
+    assert "attempt 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "smoke", [{"steps": 2}, lambda config: dataclasses.replace(config, steps=2)]
+)
+def test_smoke_is_small_starts_afresh_and_stays_out_of_the_results(start, smoke):
+    for _ in range(2):
+        start("--smoke", "--sweep", smoke=smoke)
+    assert {config.steps for config, _ in CALLS} == {2}
+    assert len(CALLS) == 8
+    assert not start.results.exists()
+    assert len(results.read(start.root / "runs/smoke/test_command.jsonl")) == 8
+
+
+def test_smoke_that_makes_runs_equal_runs_one_of_them(start):
+    assert len(start("--smoke", "--sweep", smoke={"optim.lr": 1.0, "seed": 0})) == 1
+
+
+def test_list_runs_nothing(start, capsys):
+    start()
+    capsys.readouterr()
+    start("--sweep", "--list")
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["done", "to", "to", "to"]
+    assert "optim.lr=0.2 seed=1" in out[-1]
+    assert len(CALLS) == 1
+
+
+def test_the_table_is_printed_over_all_rows(start, capsys):
+    start("--sweep")
+    start("--set", "seed=5", table=lambda rows: f"{len(rows)} rows in the table")
+    assert "5 rows in the table" in capsys.readouterr().out
+
+
+def test_a_field_that_the_sweep_varies_cannot_be_set_too(start):
+    with pytest.raises(SystemExit, match=r"optim\.lr: the sweep varies"):
+        start("--sweep", "--set", "optim.lr=1")
+
+
+def test_an_unknown_field_names_the_closest(start):
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        start("--set", "optim.learning=1")
+    assert not CALLS
+
+
+def test_a_base_without_a_seed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no field 'seed'"):
+        main(Optim(), [], run, smoke={}, arguments=[], root=tmp_path)
