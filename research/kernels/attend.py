@@ -20,6 +20,24 @@ from research.types import Array
 Attend = Callable[..., Array]
 
 
+def check_inputs(q: Array, k: Array, v: Array, mask: Mask) -> None:
+    """ValueError unless the shapes fit each other and the mask, as the contract has them."""
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise ValueError(f"q, k, v must be [B, T, N, H]; got {q.shape}, {k.shape}, {v.shape}")
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    if k.shape != v.shape or k.shape != (B, S, K, H):
+        raise ValueError(f"k and v must be [{B}, S, K, {H}]; got {k.shape} and {v.shape}")
+    if N % K:
+        raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
+    if (mask.query_segments is None) != (mask.key_segments is None):
+        raise ValueError("a mask has both query_segments and key_segments, or neither")
+    wanted = {"prefix": (B,), "query_segments": (B, T), "key_segments": (B, S), "slopes": (N,)}
+    for name, shape in wanted.items():
+        value = getattr(mask, name)
+        if value is not None and value.shape != shape:
+            raise ValueError(f"mask.{name} must be {shape} for these q and k, not {value.shape}")
+
+
 def attention_weights(q: Array, k: Array, mask: Mask, scale: float | None = None) -> Array:
     """softmax(q·kᵀ * scale + bias) over the visible keys: [B, N, T, S] float32."""
     B, T, N, H = q.shape
@@ -41,6 +59,7 @@ def attention_weights(q: Array, k: Array, mask: Mask, scale: float | None = None
 
 def reference(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None) -> Array:
     """The contract above, written out; memory grows as T×S."""
+    check_inputs(q, k, v, mask)
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     weights = attention_weights(q, k, mask, scale).reshape(B, K, N // K, T, S)

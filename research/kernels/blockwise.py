@@ -1,0 +1,270 @@
+"""Exact attention in tiles for the CPU: FlashAttention-2 (Dao 2023, arXiv:2307.08691) in plain JAX.
+
+The T×S scores are never built: memory grows with T + S. The vjp is written out, and keeps only the
+result and the log-sum-exp of each row; the backward pass rebuilds the probabilities tile by tile.
+
+One key/value head is worked on at a time, so that its tiles stay in the cache of the processor.
+The G query heads that share it are stacked as rows of one tile, which makes the matmuls larger and
+sums dk and dv over the group without a copy of k or v per query head. The backward pass works on
+transposed tiles, Sᵀ = K·Qᵀ, where dk and dv are plain products. Everything inside is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from research.kernels.attend import check_inputs
+from research.kernels.mask import Mask
+from research.kernels.tiles import FULL, PARTIAL, Tiles, tile_states, tile_visible, visits
+from research.types import Array
+
+# Stands for -inf: exp(MASKED - x) is 0 for every score x, and MASKED - MASKED is not nan.
+MASKED = -1e30
+
+
+def blockwise(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    scale: float | None = None,
+    tiles: Tiles | None = None,
+) -> Array:
+    """The contract of `research.kernels.attend`; `tiles` is chosen by shape when None.
+
+    `scale` is a Python number. Gradients flow to q, k, v and mask.slopes, in reverse mode only.
+    Batch and head axes become one loop, so shard them with `shard_map`, not by annotation alone.
+    Under `jax.checkpoint` the names "attention" mark what the backward pass needs.
+    """
+    check_inputs(q, k, v, mask)
+    T, N, H = q.shape[1:]
+    S, K = k.shape[1:3]
+    scale = float(H**-0.5 if scale is None else scale)
+    tiles = default_tiles(T, S, N // K) if tiles is None else tiles
+    return _attention(q, k, v, mask.slopes, mask.replace(slopes=None), scale, tiles)
+
+
+def default_tiles(T: int, S: int, G: int) -> Tiles:
+    """Tiles of at most 512 keys and 512 positions or 2048 rows of queries, of nearly equal size."""
+    most = max(64, min(512, 2048 // G))
+    return Tiles(_even(T, most), _even(S, 512))
+
+
+def _even(length: int, most: int) -> int:
+    """The block size that cuts `length` into the fewest blocks of at most `most`, evenly."""
+    blocks = -(-length // most)
+    return -(-length // blocks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, slopes, mask, scale, tiles):
+    return _forward(q, k, v, slopes, mask, scale, tiles)[0]
+
+
+def _attention_forward(q, k, v, slopes, mask, scale, tiles):
+    out, lse = _forward(q, k, v, slopes, mask, scale, tiles)
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
+    return out, (q, k, v, slopes, mask, out, lse)
+
+
+def _attention_backward(scale, tiles, kept, out_grad):
+    q, k, v, slopes, mask, out, lse = kept
+    q_grad, k_grad, v_grad, slopes_grad = _backward(
+        q, k, v, slopes, mask, scale, tiles, out, lse, out_grad
+    )
+    return q_grad, k_grad, v_grad, slopes_grad, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+# Layout. A group is one key/value head of one batch row with its G query heads; the rows of a tile
+# are ordered (query head, position). Everything below the loop over groups is float32.
+
+
+def _to_groups(x: Array, K: int, block: int) -> Array:
+    """[B, T, K*G, H] -> [B*K, blocks, G*block, H], padded with zeros at the end."""
+    B, T, N, H = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -T % block), (0, 0), (0, 0)))
+    x = x.reshape(B, -1, block, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
+    return x.reshape(B * K, -1, N // K * block, H)
+
+
+def _from_groups(x: Array, B: int, T: int, block: int) -> Array:
+    """The inverse of `_to_groups`: [B, T, K*G, H]."""
+    groups, blocks, rows, H = x.shape
+    x = x.reshape(B, groups // B, blocks, rows // block, block, H).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(B, blocks * block, -1, H)[:, :T]
+
+
+def _group_masks(mask: Mask, slopes: Array | None, B: int, K: int, tiles: Tiles) -> Mask:
+    """The mask with a leading group axis on every array, and segments cut into blocks."""
+
+    def blocks(ids: Array, block: int) -> Array:
+        return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block))).reshape(B, -1, block)
+
+    repeat = partial(jnp.repeat, repeats=K, axis=0)
+    grouped = mask.replace(offset=jnp.full(B * K, mask.offset, jnp.int32))
+    if mask.prefix is not None:
+        grouped = grouped.replace(prefix=repeat(mask.prefix))
+    if mask.query_segments is not None:
+        grouped = grouped.replace(
+            query_segments=repeat(blocks(mask.query_segments, tiles.query)),
+            key_segments=repeat(blocks(mask.key_segments, tiles.key)),
+        )
+    if slopes is not None:
+        grouped = grouped.replace(slopes=jnp.tile(slopes.reshape(K, -1), (B, 1)))
+    return grouped
+
+
+def _group_visits(mask: Mask, B: int, K: int, T: int, S: int, tiles: Tiles, axis: int) -> tuple:
+    """(full, partial): for each group and block of the other axis, the blocks along `axis`."""
+    states = tile_states(mask, T, S, tiles)
+    states = jnp.repeat(jnp.broadcast_to(states, (B, *states.shape[1:])), K, axis=0)
+    states = jnp.moveaxis(states, axis, -1)
+    return visits(states == FULL), visits(states == PARTIAL)
+
+
+def _walk(step: Callable, seen: tuple, block: Array, carry: Any) -> Any:
+    """`carry = step(other block, carry, masked)` over the full tiles and then the partial ones."""
+    for masked, (order, count) in zip((False, True), seen, strict=True):
+
+        def body(n, carry, masked=masked, order=order):
+            return step(order[block, n], carry, masked)
+
+        carry = lax.fori_loop(0, count[block], body, carry)
+    return carry
+
+
+def _scores(
+    product: Array, mask: Mask, i: Array, j: Array, tiles: Tiles, S: int, masked: bool, axis: int
+) -> Array:
+    """q·k of tile (i, j) with ALiBi added and unseen keys at MASKED; queries run along `axis`."""
+    G = product.shape[axis] // tiles.query
+    rows, columns = partial(jnp.expand_dims, axis=1 - axis), partial(jnp.expand_dims, axis=axis)
+    query = rows(jnp.tile(i * tiles.query + jnp.arange(tiles.query), G))
+    key = columns(j * tiles.key + jnp.arange(tiles.key))
+    if mask.slopes is not None:
+        product += rows(jnp.repeat(mask.slopes, tiles.query)) * (key - query - mask.offset)
+    if not masked:
+        return product
+    if mask.query_segments is not None:
+        mask = mask.replace(
+            query_segments=rows(jnp.tile(mask.query_segments[i], G)),
+            key_segments=columns(mask.key_segments[j]),
+        )
+    return jnp.where(tile_visible(mask, query, key, S), product, MASKED)
+
+
+def _forward(q, k, v, slopes, mask, scale, tiles):
+    """out [B, T, N, H] and the log-sum-exp of every row, [B*K, query blocks, G * block]."""
+    B, T = q.shape[:2]
+    S, K = k.shape[1:3]
+    operands = (
+        _to_groups(q, K, tiles.query),
+        _to_groups(k, K, tiles.key),
+        _to_groups(v, K, tiles.key),
+        _group_masks(mask, slopes, B, K, tiles),
+        _group_visits(mask, B, K, T, S, tiles, axis=2),
+    )
+
+    def group(operands):
+        q, k, v, mask, seen = operands
+        q, k, v = q.astype(jnp.float32) * scale, k.astype(jnp.float32), v.astype(jnp.float32)
+        block = partial(_forward_block, q, k, v, mask, seen, tiles, S)
+        return lax.map(block, jnp.arange(q.shape[0]))
+
+    out, lse = lax.map(group, operands)
+    return _from_groups(out.astype(q.dtype), B, T, tiles.query), lse
+
+
+def _forward_block(q, k, v, mask, seen, tiles, S, i):
+    """One query block against the key blocks it sees: out [rows, H], log-sum-exp [rows]."""
+    _, rows, H = q.shape
+
+    def step(j, carry, masked):
+        peak, total, out = carry
+        scores = _scores(q[i] @ k[j].T, mask, i, j, tiles, S, masked, axis=0)
+        new_peak = jnp.maximum(peak, scores.max(1))
+        powers = jnp.exp(scores - new_peak[:, None])
+        shrink = jnp.exp(peak - new_peak)
+        return new_peak, total * shrink + powers.sum(1), out * shrink[:, None] + powers @ v[j]
+
+    start = jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((rows, H))
+    peak, total, out = _walk(step, seen, i, start)
+    # A row that saw nothing still has its first peak: it gives zeros, here and in the gradients.
+    sees = peak > MASKED / 2
+    total = jnp.where(sees, total, 1)
+    out = jnp.where(sees[:, None], out / total[:, None], 0)
+    return out, jnp.where(sees, peak + jnp.log(total), -MASKED)
+
+
+def _backward(q, k, v, slopes, mask, scale, tiles, out, lse, out_grad):
+    """Gradients of q, k, v and slopes (None when there are none)."""
+    B, T = q.shape[:2]
+    S, K = k.shape[1:3]
+    # dS = P * (dP - delta): delta is the product of a row's result with its gradient.
+    delta = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), -1, keepdims=True)
+    operands = (
+        _to_groups(q, K, tiles.query),
+        _to_groups(k, K, tiles.key),
+        _to_groups(v, K, tiles.key),
+        _to_groups(out_grad, K, tiles.query),
+        _to_groups(delta, K, tiles.query)[..., 0],
+        lse,
+        _group_masks(mask, slopes, B, K, tiles),
+        _group_visits(mask, B, K, T, S, tiles, axis=1),
+    )
+    grads = lax.map(partial(_backward_group, scale, tiles, S), operands)
+    q_grad, k_grad, v_grad, slopes_grad = grads
+    return (
+        _from_groups(q_grad, B, T, tiles.query).astype(q.dtype),
+        _from_groups(k_grad, B, S, tiles.key).astype(k.dtype),
+        _from_groups(v_grad, B, S, tiles.key).astype(v.dtype),
+        None if slopes is None else slopes_grad.reshape(B, -1).sum(0).astype(slopes.dtype),
+    )
+
+
+def _backward_group(scale, tiles, S, operands):
+    """Gradients of one group: a loop over key blocks, and inside over the queries that see each."""
+    q, k, v, out_grad, delta, lse, mask, seen = operands
+    q, k, v, out_grad = (x.astype(jnp.float32) for x in (q, k, v, out_grad))
+    q *= scale
+    G = q.shape[1] // tiles.query
+
+    def key_block(carry, j):
+        def step(i, carry, masked):
+            q_grad, k_grad, v_grad, slopes_grad = carry
+            scores = _scores(k[j] @ q[i].T, mask, i, j, tiles, S, masked, axis=1)
+            weights = jnp.exp(scores - lse[i])
+            v_grad += weights @ out_grad[i]
+            scores_grad = weights * (v[j] @ out_grad[i].T - delta[i])
+            k_grad += scores_grad @ q[i]
+            q_grad = q_grad.at[i].add(scores_grad.T @ k[j])
+            if mask.slopes is not None:
+                slopes_grad += _slopes_grad(scores_grad, i, j, tiles, G)
+            return q_grad, k_grad, v_grad, slopes_grad
+
+        q_grad, slopes_grad = carry
+        zeros = jnp.zeros(k.shape[1:])
+        start = q_grad, zeros, zeros, slopes_grad
+        q_grad, k_grad, v_grad, slopes_grad = _walk(step, seen, j, start)
+        return (q_grad, slopes_grad), (k_grad, v_grad)
+
+    start = jnp.zeros(q.shape), jnp.zeros(G)
+    (q_grad, slopes_grad), (k_grad, v_grad) = lax.scan(key_block, start, jnp.arange(k.shape[0]))
+    return q_grad * scale, k_grad, v_grad, slopes_grad
+
+
+def _slopes_grad(scores_grad: Array, i: Array, j: Array, tiles: Tiles, G: int) -> Array:
+    """Sum of dS * (key - query) per query head: [G]. The offset drops out, as rows of dS sum to 0."""
+    scores_grad = scores_grad.reshape(tiles.key, G, tiles.query)
+    query, key = i * tiles.query + jnp.arange(tiles.query), j * tiles.key + jnp.arange(tiles.key)
+    return jnp.einsum("sgt,st->g", scores_grad, (key[:, None] - query).astype(jnp.float32))

@@ -1,0 +1,125 @@
+"""Which tiles of the T×S scores a kernel visits, and what is masked inside one.
+
+A tile is `Tiles.query` queries by `Tiles.key` keys. `tile_states` says of every tile whether it is
+empty (skip it), full (no mask needed) or partial; `visits` turns that into the list a loop follows.
+The forward pass reads the table by rows (the key blocks of a query block), the backward pass by
+columns. The block mask of FlexAttention (Dong et al. 2024, arXiv:2412.05496) is the same idea.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from research.kernels.mask import Mask
+from research.types import Array
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+FAR = 2**30  # beyond every position
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes in positions. Hashable: they are static."""
+
+    query: int
+    key: int
+
+    def counts(self, T: int, S: int) -> tuple[int, int]:
+        """(query blocks, key blocks); the last ones may be padded."""
+        return -(-T // self.query), -(-S // self.key)
+
+
+def tile_states(mask: Mask, T: int, S: int, tiles: Tiles) -> Array:
+    """EMPTY, PARTIAL or FULL for each tile: int32 [B or 1, query blocks, key blocks].
+
+    Exact for causal, window and offset (a tile is EMPTY only if nothing in it is visible, and FULL
+    only if all is). Segments are judged by the range of ids in a block, prefix by whole blocks:
+    there a PARTIAL tile may hold nothing or everything, but EMPTY and FULL are always true.
+    Padded keys make a tile PARTIAL; padded queries count for nothing.
+    """
+    query_blocks, key_blocks = tiles.counts(T, S)
+    first_query = jnp.arange(query_blocks)[:, None] * tiles.query + mask.offset
+    last_query = jnp.minimum(first_query + tiles.query, T + mask.offset) - 1
+    first_key = jnp.arange(key_blocks)[None, :] * tiles.key
+    last_key = jnp.minimum(first_key + tiles.key, S) - 1
+
+    # The gaps (key - query) of a tile are a whole interval, and so are the gaps that are allowed.
+    least, most = first_key - last_query, last_key - first_query
+    low, high = allowed_gaps(mask)
+    some = (jnp.maximum(least, low) <= jnp.minimum(most, high))[None]
+    every = ((low <= least) & (most <= high))[None]
+    if mask.prefix is not None:
+        prefix = mask.prefix[:, None, None]
+        some, every = some | (first_key < prefix), every | (last_key < prefix)
+    if mask.query_segments is not None:
+        overlap, uniform = _segment_states(mask, tiles)
+        some, every = some & overlap, every & uniform
+    every &= first_key + tiles.key <= S
+    return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY)
+
+
+def allowed_gaps(mask: Mask) -> tuple[int, int]:
+    """The least and the greatest `j - (offset + i)` that causal and window allow, inclusive."""
+    reach = FAR if mask.window is None else mask.window - 1
+    return -reach, 0 if mask.causal else reach
+
+
+def _segment_states(mask: Mask, tiles: Tiles) -> tuple[Array, Array]:
+    """(id ranges overlap, one and the same id throughout), each [B, query blocks, key blocks]."""
+    query_least, query_most, query_whole = _id_range(mask.query_segments, tiles.query)
+    key_least, key_most, key_whole = _id_range(mask.key_segments, tiles.key)
+    query_least, query_most, query_whole = (
+        x[:, :, None] for x in (query_least, query_most, query_whole)
+    )
+    key_least, key_most, key_whole = (x[:, None, :] for x in (key_least, key_most, key_whole))
+    overlap = (query_least <= key_most) & (key_least <= query_most)
+    same = (query_least == key_most) & (query_most == key_least)
+    return overlap, overlap & same & query_whole & key_whole
+
+
+def _id_range(segments: Array, block: int) -> tuple[Array, Array, Array]:
+    """Least and greatest id other than 0 in each block, and whether there is no 0 in it.
+
+    A block of padding alone gives an empty range, which overlaps nothing. The end padding of the
+    last block does not count as 0 here: it decides nothing for queries, and `tile_states` looks
+    at keys itself.
+    """
+    B, length = segments.shape
+    real = segments != 0
+    fill = (0, -length % block)
+    limits = jnp.iinfo(jnp.int32)
+
+    def blocks(values: Array, padding: int | bool) -> Array:
+        padded = jnp.pad(values, ((0, 0), fill), constant_values=padding)
+        return padded.reshape(B, -1, block)
+
+    least = blocks(jnp.where(real, segments, limits.max), limits.max).min(-1)
+    most = blocks(jnp.where(real, segments, limits.min), limits.min).max(-1)
+    return least, most, blocks(real, True).all(-1)
+
+
+def visits(wanted: Array) -> tuple[Array, Array]:
+    """[..., blocks] bool -> (indices of the wanted blocks first, in order; how many there are)."""
+    order = jnp.argsort(~wanted, axis=-1, stable=True)
+    return order.astype(jnp.int32), wanted.sum(-1, dtype=jnp.int32)
+
+
+def tile_visible(mask: Mask, i: Array, j: Array, S: int) -> Array:
+    """Visibility inside one tile, as `mask.to_dense` has it, for positions i and j.
+
+    `mask` is that of the tile: a scalar prefix, and segment ids of just these queries and keys.
+    i and query ids, j and key ids are broadcast against each other, so that the tile comes out in
+    the orientation in which they came. Keys at or beyond S are padding and never seen.
+    """
+    gap = j - (i + mask.offset)
+    low, high = allowed_gaps(mask)
+    visible = gap <= high
+    if mask.window is not None:
+        visible &= gap >= low
+    if mask.prefix is not None:
+        visible |= j < mask.prefix
+    if mask.query_segments is not None:
+        visible &= (mask.query_segments == mask.key_segments) & (mask.key_segments != 0)
+    return visible & (j < S)
