@@ -5,7 +5,8 @@ BPE has no merge list in the file: two neighbours merge when their concatenation
 piece of the highest score first, which is the merge list built here.
 
 Control pieces (<s>, </s>, chat markers) are found in the text, which SentencePiece itself never
-does; everything else is equal, and tests compare the two.
+does; everything else is equal, and tests compare the two. (Two Unigram segmentations of exactly
+equal score, a run of spaces cut in two ways say, may be told apart differently.)
 """
 
 from __future__ import annotations
