@@ -22,7 +22,7 @@ def raw(seed: int, stream: int, count: int, offset: int = 0) -> np.ndarray:
     return generator.random_raw(skip + count)[skip:]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of `count` items in an epoch, [count] int64; read-only."""
     order = np.argsort(raw(seed, epoch, count), kind="stable")
