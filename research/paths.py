@@ -33,9 +33,7 @@ def named_leaves(
     return [(path_string(path), leaf) for path, leaf in leaves]
 
 
-def map_named(
-    function: Callable[..., Any], tree: PyTree, *rest: PyTree, is_leaf=None
-) -> PyTree:
+def map_named(function: Callable[..., Any], tree: PyTree, *rest: PyTree, is_leaf=None) -> PyTree:
     """`function(path, leaf, *others)` over a tree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_string(path), *leaves), tree, *rest, is_leaf=is_leaf

@@ -98,3 +98,10 @@ def dense(w: Array | Weight) -> Array:
 def merge(params: Params) -> Params:
     """The same function with every Weight replaced by the dense matrix it denotes."""
     return jax.tree.map(dense, params, is_leaf=is_weight)
+
+
+def leaf_axes(params: Params, axes: Params) -> Params:
+    """`axes` (a tuple of names per matrix) spread over the leaves of the Weights in `params`."""
+    return jax.tree.map(
+        lambda w, names: w.axes(names) if is_weight(w) else names, params, axes, is_leaf=is_weight
+    )
