@@ -27,13 +27,14 @@ Texts = Iterable[str] | Sequence[Path]
 
 
 def texts_of(source: Texts) -> Iterator[str]:
-    """The texts, one a line with its newline; a Path stands for the UTF-8 file it names."""
+    """The texts; a Path stands for the UTF-8 file it names, read in pieces of whole lines."""
     for entry in source:
         if isinstance(entry, Path):
             with entry.open(encoding="utf-8", newline="") as file:
-                yield from file
+                while lines := file.readlines(1 << 20):
+                    yield "".join(lines)
         else:
-            yield from entry.splitlines(keepends=True)
+            yield entry
 
 
 def train_bpe(
@@ -96,8 +97,7 @@ def train_sentencepiece(
         raise TokenizerError(f"model_type {model_type!r}; expected 'unigram' or 'bpe'")
     exact = normalization == "identity"
     written = io.BytesIO()
-    # SentencePiece drops longer sentences without a word; its limit counts bytes.
-    lines = (line.rstrip("\r\n") for line in texts_of(source))
+    lines = (line for text in texts_of(source) for line in text.splitlines())
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_not_empty(lines),
@@ -113,7 +113,7 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=exact,
             add_dummy_prefix=add_dummy_prefix,
             split_digits=True,
-            max_sentence_length=1 << 24,
+            max_sentence_length=1 << 24,  # in bytes; longer ones it drops without a word
             num_threads=1,
             minloglevel=2,
         )
