@@ -112,7 +112,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row | RowError]]:
 
 def _parse(line: bytes) -> Row | RowError:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8: {error}")
     except json.JSONDecodeError as error:
