@@ -196,8 +196,10 @@ def _gradient_loop(
         h, y, w = rows.slice(i)
         args = (trained, h) if of_hidden else (trained,)
         logits, pull = jax.vjp(lambda trained, h=h: project(trained, h), *args)
-        sums, lse = _sums(logits, y, w, terms)
-        d_part, *d_h = pull(_logits_gradient(logits, lse, y, w, terms))
+        # Flat, so that XLA may write the gradient over the logits.
+        z, y, w = logits.reshape(-1, logits.shape[-1]), y.reshape(-1), w.reshape(-1)
+        sums, lse = _sums(z, y, w, terms)
+        d_part, *d_h = pull(_logits_gradient(z, lse, y, w, terms).reshape(logits.shape))
         d_trained = [
             total + part.astype(jnp.float32) for total, part in zip(d_trained, d_part, strict=True)
         ]

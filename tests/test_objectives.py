@@ -1,0 +1,91 @@
+"""next_token against a loss written out by hand, and what the head's subtree is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.models import decoder
+from research.models.attention import Attention
+from research.models.layers import GatedMlp, Linear
+from research.objectives import head_params, next_token, with_penalty
+from research.types import Mean
+
+V, D, B, T = 40, 16, 2, 9
+
+
+def tiny(tied: bool) -> decoder.Decoder:
+    block = decoder.Block(Attention(heads=4, kv_heads=2, head_size=4), GatedMlp(24))
+    head = None if tied else Linear(V, ("embed", "vocab"))
+    return decoder.Decoder(
+        decoder.DecoderConfig(V, D, (decoder.Stack(2, (block,)),), max_length=32, head=head)
+    )
+
+
+@pytest.fixture
+def batch(key):
+    tokens = jax.random.randint(key, (B, T + 1), 0, V)
+    segments = jnp.array([[1] * 5 + [2] * 4, [1] * 7 + [0] * 2])
+    weights = jnp.array([[0, 0, 1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0, 0, 0, 0]]) / 7
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": weights,
+        "segment_ids": segments,
+        "positions": decoder.segment_positions(segments),
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_next_token_by_hand(batch, key, tied):
+    model = tiny(tied)
+    params = jax.tree.map(lambda x: 3 * x, decoder.init(model, key))
+    assert set(head_params(params)) == {"embed" if tied else "head"}
+
+    def by_hand(params):
+        logits = model.apply(
+            {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"]
+        )
+        logp = jax.nn.log_softmax(logits)
+        own = jnp.take_along_axis(logp, batch["targets"][..., None], -1)[..., 0]
+        return -(own * batch["weights"]).sum()
+
+    expected, gradient = jax.value_and_grad(by_hand)(params)
+    for fused in (True, False):
+        objective = next_token(model, fused=fused, chunk=2)
+        loss = lambda p: objective(p, None, batch, None)  # noqa: B023, E731
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss"].value, expected, rtol=1e-6)
+        assert metrics["tokens"].total == 7
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(gradient), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_micro_batches_add_up(batch, key):
+    model = tiny(True)
+    params, objective = decoder.init(model, key), next_token(model)
+    whole, metrics = objective(params, None, batch, None)
+    parts = [
+        objective(params, None, {k: v[i : i + 1] for k, v in batch.items()}, None) for i in range(B)
+    ]
+    np.testing.assert_allclose(parts[0][0] + parts[1][0], whole, rtol=1e-6)
+    added = parts[0][1]["loss"] + parts[1][1]["loss"]
+    np.testing.assert_allclose(added.value, metrics["loss"].value, rtol=1e-6)
+
+
+def test_penalty_adds_and_reports(batch, key):
+    model = tiny(True)
+    params, base = decoder.init(model, key), next_token(model)
+
+    def pull(params, context, rng):
+        value = sum(((p - q) ** 2).sum() for p, q in zip(*map(jax.tree.leaves, (params, context))))  # noqa: B905
+        return value, {"distance": Mean.of(value)}
+
+    start = jax.tree.map(lambda x: x + 0.5, params)
+    loss, metrics = with_penalty(base, pull)(params, start, batch, None)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    np.testing.assert_allclose(loss - base(params, None, batch, None)[0], size / 4, rtol=1e-4)
+    np.testing.assert_allclose(metrics["distance"].value, size / 4, rtol=1e-4)
+    with pytest.raises(ValueError, match="both report"):
+        with_penalty(base, lambda *_: (0.0, {"loss": Mean.of(0.0)}))(params, start, batch, None)
