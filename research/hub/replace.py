@@ -53,7 +53,10 @@ def _flush(folder: Path) -> None:
 
 
 def _swap(partial: Path, directory: Path) -> None:
-    partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+    mask = _umask()  # temporary directories and safetensors files are born private
+    partial.chmod(0o777 & ~mask)
+    for path in partial.iterdir():
+        path.chmod(0o666 & ~mask)
     if not directory.exists():
         os.rename(partial, directory)
         return

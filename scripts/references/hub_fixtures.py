@@ -1,0 +1,79 @@
+"""Make tests/hub/fixtures: tiny random models and what `transformers` computes for them.
+
+    .references/venv/bin/python scripts/references/hub_fixtures.py tiny
+    .references/venv/bin/python scripts/references/hub_fixtures.py smollm2 MODEL.gguf
+
+tiny_llama/CASE holds a model directory and expected.safetensors (logits and gradients for the
+prompts in prompts.json). smollm2.json holds, for the prompts in it, logits at a few vocabulary
+entries, the log-sum-exp at every position, and 64 greedy tokens.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from hub_logits import answer, open_model
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+FIXTURES = Path(__file__).parents[2] / "tests" / "hub" / "fixtures"
+PROMPTS = [[1, 5, 9, 3, 60, 22, 47, 8, 11, 2, 35, 7], [4, 61, 4, 19, 33]]
+SMALL = dict(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=4,  # not hidden_size / num_attention_heads
+    max_position_embeddings=128,
+    initializer_range=0.3,
+    rms_norm_eps=1e-5,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10_000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+CASES = {
+    "gqa": {},
+    "tied_biased": dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama3": dict(head_dim=8, rope_parameters=LLAMA3),
+}
+
+
+def make_tiny() -> None:
+    for number, (name, fields) in enumerate(CASES.items()):
+        torch.manual_seed(number)
+        model = LlamaForCausalLM(LlamaConfig(**SMALL | fields)).eval()
+        for parameter in model.parameters():  # norms and biases begin as constants
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        folder = FIXTURES / "tiny_llama" / name
+        model.save_pretrained(folder)
+        (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+        found = answer(model, {"prompts": PROMPTS, "gradients": True})
+        save_file(found, folder / "expected.safetensors")
+
+
+def make_smollm2(path: Path) -> None:
+    file = FIXTURES / "smollm2.json"
+    record = json.loads(file.read_text())
+    request = {"prompts": [case["ids"] for case in record["cases"]], "greedy": 64}
+    found = answer(open_model(path), request)
+    for number, case in enumerate(record["cases"]):
+        logits = found[f"logits.{number}"].double()
+        case["logits"] = [
+            [round(x, 5) for x in row] for row in logits[:, record["vocabulary"]].tolist()
+        ]
+        case["log_sum_exp"] = [round(x, 5) for x in logits.logsumexp(-1).tolist()]
+        case["greedy"] = found[f"greedy.{number}"].tolist()
+    file.write_text(json.dumps(record, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    make_tiny() if sys.argv[1] == "tiny" else make_smollm2(Path(sys.argv[2]))
