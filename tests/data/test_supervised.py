@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from research.data import corpora, formats, supervised
+from research.hub.download import smollm2
+from research.hub.gguf import open_gguf
+from research.hub.gguf_tokenizer import tokenizer_of
 from research.tokenize import chat
 from research.tokenize.train import train_bpe
 
@@ -47,6 +50,24 @@ def test_real_alpaca_rows_learn_answer_and_end(load):
     ends = [((e.targets == tokenizer.eos_id) & (e.weights != 0)).sum() for e in examples]
     assert sum(ends) == len(rows)
     assert counts.supervised_tokens == sum(int((e.weights != 0).sum()) for e in examples)
+
+
+@pytest.mark.data
+@pytest.mark.weights
+def test_real_rows_with_a_real_tokenizer():
+    """SmolLM2's own tokenizer and template, whose pad token is its eos."""
+    path = smollm2()
+    _, metadata = open_gguf(path)
+    tokenizer = tokenizer_of(path, metadata)
+    assert tokenizer.pad_id == tokenizer.eos_id
+    rows = corpora.alpaca_en()
+    examples, _ = supervised.examples(
+        formats.conversations(rows), partial(chat.encode_chat, tokenizer), 1 << 20
+    )
+    for (place, row), example in zip(rows, examples, strict=True):
+        assert learned(tokenizer, example) == row["output"] + "<|im_end|>", place
+    ends = [((e.targets == tokenizer.eos_id) & (e.weights != 0)).sum() for e in examples]
+    assert sum(ends) == len(rows)
 
 
 @pytest.mark.data
