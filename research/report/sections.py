@@ -16,11 +16,17 @@ TITLES = {
     "loss": "Training loss",
     "eval/nll": "Held-out NLL (nats per token)",
     "eval/perplexity": "Held-out perplexity",
+    "lr": "Learning rate",
     "learning_rate": "Learning rate",
     "tokens_per_s": "Tokens per second",
     "grad_norm": "Gradient norm",
+    "accuracy": "Next-token accuracy in training",
 }
-NOT_CURVES = {"step", "epoch", "time", "wall_s", "elapsed_s", "tokens"}
+# Clocks, counts, and what only someone who debugs looks at: in metrics.jsonl, not on the page.
+NOT_CURVES = {
+    *("step", "epoch", "wall_s", "elapsed_s", "s_per_step", "tokens"),
+    *("param_norm", "update_norm"),
+}
 
 
 def require(rows: Sequence[Row], keys: Sequence[str], what: str) -> None:
@@ -32,15 +38,23 @@ def require(rows: Sequence[Row], keys: Sequence[str], what: str) -> None:
 
 
 def series(curves: Iterable[Row]) -> Series:
-    """{name: [(step, value)] by step} of every numeric key, known names first."""
+    """{name: [(step, value)] by step} of every numeric key, known names first.
+
+    In a row with "split": "eval" a name gets 'eval/' before it, if it has not.
+    """
     found: dict[str, dict[float, float]] = {}
     for row in curves:
         for name, value in row.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(name, {})[row["step"]] = value
+                found.setdefault(_in_split(name, row), {})[row["step"]] = value
     order = [name for name in TITLES if name in found]
     order += [name for name in found if name not in TITLES]
     return {name: sorted(found[name].items()) for name in order}
+
+
+def _in_split(name: str, row: Row) -> str:
+    plain = row.get("split") != "eval" or name == "step" or name.startswith("eval/")
+    return name if plain else f"eval/{name}"
 
 
 def section(title: str, content: str) -> str:
@@ -166,15 +180,15 @@ def _finite(points: Sequence[Point]) -> list[Point]:
 
 
 def cost(record: Row, found: Series) -> list[tuple[str, str]]:
-    """Time, memory and speed of the run."""
+    """Time, memory and speed; the count of tokens where the metrics have `tokens`."""
     lines = [("Wall time", duration(record["wall_s"]))]
     if record.get("attempts", 1) > 1:
         lines.append(("Attempts", f"{record['attempts']}; the time is that of the last"))
     lines.append(("Peak memory (resident)", size(record["peak_rss_bytes"])))
     if found.get("step"):
         lines.append(("Steps", number(found["step"][-1][0])))
-    if found.get("tokens"):
-        lines.append(("Tokens", number(found["tokens"][-1][1])))
+    if "tokens" in record["metrics"]:
+        lines.append(("Tokens", number(record["metrics"]["tokens"])))
     if found.get("tokens_per_s"):
         speed = statistics.median(value for _, value in found["tokens_per_s"])
         lines.append(("Tokens per second (median)", number(round(speed, 1))))

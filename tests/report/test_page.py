@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from research import report
+from research.report import sections
 from research.report.text import duration, number, size
 
 RECORD = {
@@ -104,6 +105,18 @@ def test_a_repeated_step_counts_once_with_its_last_value():
     text = report.render(RECORD, curves, [], [])
     points = next(a["data-points"] for tag, a in Reader(text).elements if tag == "svg")
     assert [row[2:] for row in json.loads(points)] == [[1, "9"], [2, "1.25"]]
+
+
+def test_evaluations_are_told_from_training_by_their_split():
+    curves = [{"step": s, "split": "train", "loss": 2.0, "elapsed_s": 1.0} for s in (1, 2)]
+    curves += [{"step": s, "split": "eval", "nll": 1.0, "loss": 7.0} for s in (0, 2)]
+    found = sections.series(curves)
+    assert found["eval/nll"] == [(0, 1.0), (2, 1.0)]
+    assert found["loss"] == [(1, 2.0), (2, 2.0)]
+    assert found["eval/loss"] == [(0, 7.0), (2, 7.0)]
+    text = report.render(RECORD, curves, [], [])
+    assert "Held-out NLL (nats per token)" in text
+    assert "elapsed_s" not in text
 
 
 def test_sections_without_content_are_left_out():
