@@ -25,7 +25,7 @@ import jax
 
 from research.runs import environment, results
 from research.runs.canonical import module_name, run_id, to_json
-from research.runs.overrides import lookup, override, parse_assignments
+from research.runs.overrides import OverrideError, lookup, override, parse_assignments
 
 # (config, directory) -> metrics. Whatever the run saves and resumes from goes under `directory`.
 Run = Callable[[Any, Path], dict[str, Any]]
@@ -41,7 +41,8 @@ class Planned:
     overrides: dict[str, Any]
 
     def __str__(self) -> str:
-        shown = " ".join(f"{name}={value}" for name, value in to_json(self.overrides).items())
+        json_form = to_json(self.overrides, "overrides")
+        shown = " ".join(f"{name}={results.brief(value)}" for name, value in json_form.items())
         return f"{self.id}  {shown or '(base)'}"
 
 
@@ -69,8 +70,12 @@ def main(
     from config to config, that makes any run small. `table(rows)` is printed at the end.
     """
     experiment = experiment_name(run)
-    options = _parser(experiment, run).parse_args(arguments)
-    planned = plan(experiment, base, sweep, options, smoke)
+    parser = _parser(experiment, run)
+    options = parser.parse_args(arguments)
+    try:
+        planned = plan(experiment, base, sweep, options, smoke)
+    except OverrideError as error:
+        parser.error(str(error))
     places = _places(experiment, root, options.smoke)
     done = {row["id"]: row for row in results.latest(results.read(places.results))}
     if options.list:
@@ -114,14 +119,14 @@ def plan(
     smoke: Smoke,
 ) -> list[Planned]:
     """The runs asked for: sweep's overrides, then the smoke ones, then those of --set."""
-    if not is_dataclass(base) or not isinstance(lookup(base, "seed"), int):
+    if not is_dataclass(base) or not isinstance(getattr(base, "seed", None), int):
         raise TypeError(f"{experiment}: the base config must be a dataclass with an int `seed`")
     asked = parse_assignments(options.set)
     planned: dict[str, Planned] = {}
     for point in sweep if options.sweep else [{}]:
         clash = sorted(point.keys() & asked.keys())
         if clash:
-            raise SystemExit(f"--set {clash[0]}: the sweep varies this field; leave one of them")
+            raise OverrideError(f"--set {clash[0]}: the sweep varies this field; leave one of them")
         config = override(base, point)
         if options.smoke:
             config = smoke(config) if callable(smoke) else override(config, smoke)

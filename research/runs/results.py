@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -130,11 +131,20 @@ def markdown(rows: Sequence[Row], names: Sequence[str] | None = None, show: Call
     fields = list(dict.fromkeys(field for group in found for field in group.overrides))
     lines = [_line([*fields, "seeds", *names]), _line(["---"] * (len(fields) + 1 + len(names)))]
     for group in found:
-        cells = [str(group.overrides.get(field, "")) for field in fields]
+        cells = [brief(group.overrides.get(field, "")) for field in fields]
         has = {name for row in group.rows for name in metrics(row)}
         values = [show(group.statistic(name)) if name in has else "" for name in names]
         lines.append(_line([*cells, str(len(group.rows)), *values]))
     return "\n".join(lines) + "\n"
+
+
+def brief(value: Any) -> str:
+    """A config value in its JSON form, short: the class of a dataclass, the name of a function."""
+    if isinstance(value, dict) and "type" in value:
+        value = value["type"]
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    named = re.fullmatch(r"[A-Za-z_][\w.]*:([A-Za-z_][\w.]*)", text)
+    return named[1] if named else text
 
 
 def _line(cells: Sequence[str]) -> str:

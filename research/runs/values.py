@@ -166,7 +166,10 @@ def _parse_object(text: str, kind: Any, origin: Any) -> Any:
     found = resolve(text)
     wants_instance = origin is not collections.abc.Callable and origin is not type
     if wants_instance and isinstance(found, type):
-        found = found()
+        try:
+            found = found()
+        except TypeError as error:  # fields without a default
+            raise ValueError(f"{text}() cannot be made: {error}") from error
     if _fit(found, kind, None) is _NO:
         raise ValueError(f"{text} is a {type(found).__name__}")
     return found

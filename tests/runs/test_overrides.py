@@ -23,6 +23,11 @@ class Lion:
 
 
 @dataclasses.dataclass(frozen=True)
+class Needy:
+    lr: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     optim: AdamW | Lion = AdamW()
     activation: Callable = jax.nn.silu
@@ -103,6 +108,7 @@ def test_values_of_a_sweep_keep_their_type():
         ("layers", "1,2,3", "expected 2 values, got 3"),
         ("kind", "linear", "cosine"),
         ("optim", "jax.nn:relu", "expected AdamW or Lion"),
+        ("part", f"{__name__}:Needy", "missing 1 required positional argument"),
         ("activation", "jax.nn:reluu", "cannot find 'jax.nn:reluu'"),
         ("activation", "relu", "expected module:name"),
         ("dtype", "float33", "float33"),

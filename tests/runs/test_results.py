@@ -86,3 +86,10 @@ def test_metrics_are_the_numbers_with_nested_names():
         "c": pytest.approx(math.nan, nan_ok=True),
         "e": 1.0,
     }
+
+
+def test_components_and_functions_are_shown_by_name_and_text_as_it_is():
+    shown = {"m.n:AdamW": "AdamW", "a: b": "a: b", "https://x": "https://x", "8": "8", "": ""}
+    assert {text: results.brief(text) for text in shown} == shown
+    assert results.brief({"type": "m:Lion", "lr": 1}) == "Lion"
+    assert results.brief([1, 2]) == "1,2"
