@@ -54,8 +54,8 @@ def test_logits_and_gradients_equal_transformers(case):
         np.testing.assert_allclose(
             loaded.logits(ids)[0], expected[f"logits.{number}"], rtol=0, atol=1e-4
         )
-    gradients = jax.grad(lambda params: loss(loaded.model, params, prompts))(loaded.params)
-    _, ours = disassemble(llama.name_map(loaded.model.config), gradients)
+    gradient = jax.jit(jax.grad(lambda params: loss(loaded.model, params, prompts)))
+    _, ours = disassemble(llama.name_map(loaded.model.config), gradient(loaded.params))
     ours = {f"grad.{name}": array for name, array in ours}
     theirs = {name: array for name, array in expected.items() if name.startswith("grad.")}
     assert ours.keys() == theirs.keys()
