@@ -1,0 +1,207 @@
+"""Generation with a key/value cache: ragged prompts in one batch, the whole loop under one jit.
+
+A prompt batch is padded on the left to a size bucket and read at once; then one compiled loop
+draws token after token until every row has met a stop id or the limit. Streaming stops the same
+loop every few tokens, so it gives the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from research.decode.prompts import bucket, check_prompts, left_padded
+from research.decode.sampling import Filters, Sampling, choose, log_prob
+from research.models.attention import Cache
+from research.models.decoder import Decoder, empty_cache, unstack
+from research.types import Array, Params
+
+# Called with the new ids of every row, [] for a row that has ended.
+Callback = Callable[[list[list[int]]], Any]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated, without the prompts.
+
+    tokens     [B, max_tokens] int32, `pad_id` after a row's end
+    lengths    [B] int32, the stop token included
+    log_probs  [B, max_tokens] float32, log p of each token under the model as it is (before
+               temperature, penalty and filters); 0 after a row's end
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    log_probs: np.ndarray
+
+    def rows(self) -> list[list[int]]:
+        """Each row's ids up to its end."""
+        pairs = zip(self.tokens, self.lengths, strict=True)
+        return [row[:length].tolist() for row, length in pairs]
+
+
+@struct.dataclass
+class State:
+    """Between two tokens. `limit` of them are wanted; arrays have room for M of them."""
+
+    cache: Cache
+    tokens: Array  # [B, M]
+    log_probs: Array  # [B, M]
+    lengths: Array  # [B]
+    ended: Array  # [B] bool
+    seen: Array | None  # [B, V] bool, with a repetition penalty only
+    keys: Array  # [B]
+    step: Array  # number of tokens drawn
+
+
+def generate(
+    model: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    rng: Array,
+    sampling: Sampling = Sampling(),
+    pad_id: int = 0,
+    callback: Callback | None = None,
+    stream_every: int = 1,
+) -> Generation:
+    """Continue every prompt by up to `sampling.max_tokens` tokens.
+
+    Row i draws with fold_in(rng, i), or with rng[i] when `rng` holds a key for each row: what a
+    row says depends on its prompt and key, not on the rows beside it. With a `callback` the new
+    ids are handed over every `stream_every` tokens. `params` may come as `decoder.unstack` gives
+    them, which saves a copy of the parameters in every call. PromptError says which prompt is
+    empty, outside the vocabulary, or too long for the context.
+    """
+    config = model.config
+    check_prompts(prompts, config.vocab_size, config.max_length, sampling.max_tokens)
+    width = bucket(max(len(prompt) for prompt in prompts))
+    tokens, segments = left_padded(prompts, width, pad_id)
+    params = in_layers(params)
+    stop = jnp.asarray(sampling.stop_ids, jnp.int32)
+    room, filters = bucket(sampling.max_tokens), sampling.filters
+    keys = row_keys(rng, len(prompts))
+    state = read(model, params, tokens, segments, keys, filters, stop, room, pad_id)
+    every = sampling.max_tokens if callback is None else stream_every
+    told = 0
+    while True:
+        limit = min(told + every, sampling.max_tokens)
+        state = advance(model, params, state, filters, stop, limit, pad_id)
+        if callback is not None:
+            callback(new_ids(state, told))
+        told = limit
+        if told == sampling.max_tokens or bool(state.ended.all()):
+            return finished(state, sampling.max_tokens)
+
+
+def in_layers(params: Params) -> Params:
+    """Parameters with one tree a layer: a CPU reads them in place, a scanned stack through a copy."""
+    stacks = [value for name, value in params.items() if name.startswith("stack_")]
+    return params if all(isinstance(stack, tuple) for stack in stacks) else unstack(params)
+
+
+def row_keys(rng: Array, rows: int) -> Array:
+    if rng.ndim == 0:
+        return jax.vmap(partial(jax.random.fold_in, rng))(jnp.arange(rows))
+    if rng.shape != (rows,):
+        raise ValueError(f"rng: expected one key or {rows} keys, got shape {rng.shape}")
+    return rng
+
+
+@partial(jax.jit, static_argnames=("model", "room"))
+def read(
+    model: Decoder,
+    params: Params,
+    tokens: Array,
+    segments: Array,
+    keys: Array,
+    filters: Filters,
+    stop: Array,
+    room: int,
+    pad_id: int,
+) -> State:
+    """Read the prompts [B, P] and draw the first token; the cache has P + room slots."""
+    B, P = tokens.shape
+    cache = empty_cache(model, B, P + room, stacked=False)
+    hidden, cache = model.apply(
+        {"params": params}, tokens, segment_ids=segments, cache=cache, method="hidden"
+    )
+    # Left padding: the last column holds every row's last token.
+    logits = model.apply({"params": params}, hidden[:, -1], method="project")
+    seen = None
+    if filters.repetition_penalty is not None:
+        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(B)[:, None], tokens].max(segments != 0)
+    state = State(
+        cache=cache,
+        tokens=jnp.full((B, room), pad_id, jnp.int32),
+        log_probs=jnp.zeros((B, room), jnp.float32),
+        lengths=jnp.zeros(B, jnp.int32),
+        ended=jnp.zeros(B, bool),
+        seen=seen,
+        keys=keys,
+        step=jnp.zeros((), jnp.int32),
+    )
+    return draw(state, logits, filters, stop, pad_id)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
+def advance(
+    model: Decoder,
+    params: Params,
+    state: State,
+    filters: Filters,
+    stop: Array,
+    limit: int,
+    pad_id: int,
+) -> State:
+    """Draw until `limit` tokens are there or every row has ended."""
+
+    def wanted(state: State) -> Array:
+        return (state.step < limit) & ~state.ended.all()
+
+    def step(state: State) -> State:
+        last = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+        logits, cache = model.apply({"params": params}, last, cache=state.cache)
+        return draw(state.replace(cache=cache), logits[:, 0], filters, stop, pad_id)
+
+    return lax.while_loop(wanted, step, state)
+
+
+def draw(state: State, logits: Array, filters: Filters, stop: Array, pad_id: int) -> State:
+    """The state after one more token from logits [B, V]; rows that have ended get padding."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+    token = choose(logits, filters, keys, state.seen)
+    running = ~state.ended
+    value = jnp.where(running, log_prob(logits, token), 0)
+    token = jnp.where(running, token, pad_id)
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(token.shape[0]), token].max(running)
+    put = partial(lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
+    return state.replace(
+        tokens=put(state.tokens, token[:, None]),
+        log_probs=put(state.log_probs, value[:, None]),
+        lengths=state.lengths + running,
+        ended=state.ended | (token[:, None] == stop).any(-1),
+        seen=seen,
+        step=state.step + 1,
+    )
+
+
+def new_ids(state: State, told: int) -> list[list[int]]:
+    """Each row's ids after the first `told`."""
+    tokens, lengths = jax.device_get((state.tokens, state.lengths))
+    pairs = zip(tokens, lengths, strict=True)
+    return [row[told:length].tolist() for row, length in pairs]
+
+
+def finished(state: State, limit: int) -> Generation:
+    tokens, lengths, log_probs = jax.device_get((state.tokens, state.lengths, state.log_probs))
+    return Generation(tokens[:, :limit], lengths, log_probs[:, :limit])

@@ -1,0 +1,54 @@
+"""Ragged prompts as one rectangle: shape buckets, left padding, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class PromptError(ValueError):
+    """A prompt is empty, holds an id outside the vocabulary, or does not fit the context."""
+
+
+def bucket(length: int, least: int = 16) -> int:
+    """The next of the sizes 16, 20, 24, 28, 32, 40, ...: four an octave, at most a quarter wasted.
+
+    Few sizes mean few compilations.
+    """
+    step = max(1, least // 4)
+    while step * 8 < length:
+        step *= 2
+    return max(least, -(-length // step) * step)
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], width: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segment ids [B, width] int32; padding, on the left, has segment id 0."""
+    tokens = np.full((len(prompts), width), pad_id, np.int32)
+    segments = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        segments[row, width - len(prompt) :] = 1
+    return tokens, segments
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], vocab_size: int, context: int, max_tokens: int
+) -> None:
+    """PromptError naming the first prompt that cannot be continued by `max_tokens` tokens."""
+    if not len(prompts):
+        raise PromptError("no prompts: expected a list of lists of token ids")
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise PromptError(f"prompt {row} is empty: it needs at least one token")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= vocab_size:
+            outside = low if low < 0 else high
+            raise PromptError(f"prompt {row} holds token id {outside}; ids are 0..{vocab_size - 1}")
+        if len(prompt) + max_tokens > context:
+            raise PromptError(
+                f"prompt {row} has {len(prompt)} tokens and max_tokens is {max_tokens}: "
+                f"together more than the context of {context}"
+            )
