@@ -69,6 +69,11 @@ def load(path: str | Path, dtype: Any = jnp.float32) -> Pretrained:
         tokenizer, generation = tokenizer_of(path, metadata), {}
     else:
         raise CheckpointError(f"{path}: there is no such file or directory")
+    rows = checkpoint.config.get("vocab_size")
+    if tokenizer is not None and isinstance(rows, int) and tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}"
+        )
     model, params = build(checkpoint, dtype)
     return Pretrained(model, params, tokenizer, checkpoint.config, generation)
 

@@ -283,6 +283,18 @@ def test_unknown_tokenizers_are_named(tmp_path):
         tokenizer_from(tmp_path, **{"tokenizer.ggml.model": "bert"})
 
 
+def test_more_tokens_than_embeddings(tmp_path):
+    case = FIXTURES / "tiny_llama" / "gqa"
+    many = {
+        "tokenizer.ggml.tokens": ["t", "1", *(f"t{i}" for i in range(1, 69))],
+        "tokenizer.ggml.token_type": [1] * 70,
+        "tokenizer.ggml.merges": ["t 1"],
+    }
+    path = write(tmp_path / "model.gguf", converted(case), **metadata_for(case), **many)
+    with pytest.raises(CheckpointError, match=r"tokenizer has 70 tokens, the model only 64"):
+        hub.load(path)
+
+
 def test_llama3_and_qwen2_split_digits_differently(tmp_path):
     tokens = [*"0123456789", "12", "123", "45", "Ġ", "end"]
     fields = {
