@@ -13,7 +13,7 @@ from research.train.state import TrainState
 from research.train.step import Metrics, accumulated_gradients, split_batch
 from research.types import Batch, Objective, Params, PyTree
 
-_WATCHED = ("loss", "grad_norm", "update_norm")
+_WATCHED = {"loss": "objective", "grad_norm": "grad_norm", "update_norm": "update_norm"}
 _SHOWN = 12
 
 
@@ -23,7 +23,7 @@ class NonFiniteError(FloatingPointError):
 
 def wrong_values(metrics: Metrics) -> dict[str, float]:
     """Those of loss, grad_norm and update_norm that are not finite. Waits for the step."""
-    values = {name: float(metrics[name].total) for name in _WATCHED}
+    values = {shown: float(metrics[name].total) for shown, name in _WATCHED.items()}
     return {name: value for name, value in values.items() if not math.isfinite(value)}
 
 

@@ -248,10 +248,11 @@ def _placed(params, context, names, rule, mesh) -> tuple[Params, Params, Any]:
 def _initial(trainable, update, source: Source, config: Training, mesh) -> TrainState:
     rng = jax.random.key(config.seed)
     averaged = config.ema_decay is not None
+    homes = None
     if mesh is not None:
         homes = follow(jax.eval_shape(update.init, trainable), trainable, mesh)
-        update = update._replace(init=jax.jit(update.init, out_shardings=homes))
-    state = initial_state(trainable, update, rng, ema=averaged)
+    init = jax.jit(update.init, out_shardings=homes)
+    state = initial_state(trainable, update._replace(init=init), rng, ema=averaged)
     state = state if mesh is None else on_mesh(state, mesh)
     return state.replace(source_state=source.init(source_rng(rng, 0)))
 

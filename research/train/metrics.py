@@ -69,14 +69,16 @@ class Meter:
         self._steps += 1
 
     def row(self, step: int) -> Row:
-        """The means since the last row, tokens per second, and seconds since the start."""
+        """The means since the last row, tokens per second (those of the input without padding, and
+        those with a loss where the objective counts them), and seconds since the start."""
         row: Row = {"step": step, "split": "train"}
         row |= {name: float(mean.value) for name, mean in self._total.items()}
         # Measured after the values are there: dispatch returns before the work is done.
         now = time.perf_counter()
         took = max(now - self._since, 1e-9)
-        if "tokens" in self._total:
-            row["tokens_per_s"] = float(self._total["tokens"].total) / took
+        for name, counted in (("tokens_per_s", "input_tokens"), ("loss_tokens_per_s", "tokens")):
+            if counted in self._total:
+                row[name] = float(self._total[counted].total) / took
         row |= {"s_per_step": took / max(self._steps, 1), "elapsed_s": now - self._started}
         self._reset()
         return row

@@ -38,9 +38,11 @@ def make_step(
     Leaves of the batch are [accumulate * b, ...] and are split into `accumulate` micro-batches of
     consecutive rows; scalars go whole to each. ValueError when a leaf does not split.
 
-    Metrics are the objective's, added over micro-batches, and loss, grad_norm (before clipping),
-    update_norm, param_norm, lr, and tokens per step where the batch has `tokens`. When loss or
-    grad_norm is not finite, the state that comes back is the state that went in.
+    Metrics are the objective's, added over micro-batches, and objective (what is differentiated),
+    grad_norm (before clipping), update_norm, param_norm, lr, and input_tokens (without padding)
+    where the batch has `tokens`. `loss` is the objective's own metric of that name when it reports
+    one, else the same as objective. When objective or grad_norm is not finite, the state that comes
+    back is the state that went in.
 
     An optimizer that accepts extra arguments receives value, grad, step, rng, frozen, context,
     batch. `shardings` (of the state, source state left out) pins where results live on `mesh`.
@@ -134,7 +136,7 @@ def global_norm(tree: PyTree) -> Array:
 
 def _step_metrics(loss, grads, updates, trainable, opt_state, batch) -> Metrics:
     values = {
-        "loss": loss,
+        "objective": loss,
         "grad_norm": global_norm(grads),
         "update_norm": global_norm(updates),
         "param_norm": global_norm(trainable),
@@ -144,7 +146,7 @@ def _step_metrics(loss, grads, updates, trainable, opt_state, batch) -> Metrics:
         values["lr"] = rate
     tokens = _token_count(batch)
     if tokens is not None:
-        values["tokens"] = tokens
+        values["input_tokens"] = tokens
     one = jnp.ones([], jnp.float32)
     return {name: Mean(jnp.asarray(value, jnp.float32), one) for name, value in values.items()}
 
@@ -163,7 +165,7 @@ def _merge_metrics(objective: Metrics, ours: Metrics) -> Metrics:
         raise ValueError(
             f"the objective returns metrics named {taken}, which the step reports itself"
         )
-    return {**ours, **objective}
+    return {"loss": ours["objective"], **ours, **objective}
 
 
 def _moving_average(ema: Params | None, trainable: Params, decay: float | None) -> Params | None:

@@ -113,7 +113,7 @@ def test_bad_names_are_errors():
 def test_a_mesh_that_does_not_divide_the_batch_is_an_error():
     mesh = make_mesh(data=2, fsdp=2)
     with pytest.raises(
-        ShardingError, match="has 12 rows; .* data=2, fsdp=2 with 2 .* multiple of 8"
+        ShardingError, match=r"has 12 rows; .* data=2, fsdp=2 with 2 .* multiple of 8"
     ):
         shard_batch({"tokens": np.zeros((12, 3))}, mesh, accumulate=2)
     placed = shard_batch({"tokens": np.zeros((16, 3)), "beta": np.float32(1)}, mesh, accumulate=2)

@@ -33,8 +33,12 @@ def test_a_bad_line_in_the_middle_is_an_error(tmp_path):
 
 def test_means_add_over_steps_by_their_counts():
     meter = Meter()
-    meter.add({"nll": Mean(jnp.float32(6.0), jnp.float32(2.0)), "tokens": Mean(*jnp.ones(2) * 30)})
-    meter.add({"nll": Mean(jnp.float32(1.0), jnp.float32(8.0)), "tokens": Mean(*jnp.ones(2) * 10)})
+    meter.add(
+        {"nll": Mean(jnp.float32(6.0), jnp.float32(2.0)), "input_tokens": Mean(*jnp.ones(2) * 30)}
+    )
+    meter.add(
+        {"nll": Mean(jnp.float32(1.0), jnp.float32(8.0)), "input_tokens": Mean(*jnp.ones(2) * 10)}
+    )
     row = meter.row(2)
     assert row["nll"] == pytest.approx(0.7)
     assert row["tokens_per_s"] * row["s_per_step"] == pytest.approx(20.0)

@@ -120,7 +120,23 @@ def test_tokens_are_counted_without_padding(key):
         "segment_ids": jnp.array([[1, 1, 2, 0], [1, 0, 0, 0]]),
     }
     _, metrics = make_step(nothing, optax.sgd(0.1), accumulate=2)(state, {"w": None}, None, batch)
-    assert float(metrics["tokens"].total) == 4
+    assert float(metrics["input_tokens"].total) == 4
+
+
+def test_an_objective_may_report_its_own_loss_but_not_our_names(key):
+    def named(name):
+        def per_token(tree, context, batch, rng):
+            return tree["w"] * 3.0, {name: Mean(tree["w"] * 8.0, jnp.float32(4.0))}
+
+        state = initial_state({"w": jnp.float32(1.0)}, optax.sgd(0.1), key)
+        return make_step(per_token, optax.sgd(0.1))(
+            state, {"w": None}, None, {"x": jnp.zeros((2, 1))}
+        )
+
+    _, metrics = named("loss")
+    assert float(metrics["loss"].value) == 2.0 and float(metrics["objective"].value) == 3.0
+    with pytest.raises(ValueError, match=r"\['grad_norm'\], which the step reports itself"):
+        named("grad_norm")
 
 
 def test_a_batch_that_does_not_split_is_an_error(key):

@@ -1,0 +1,81 @@
+"""The loop with the real decoder: LoRA, packing weights, meshes, and a checkpoint of Weights."""
+
+import jax
+import numpy as np
+import pytest
+from perceptron import assert_bitwise
+
+from research.models import decoder
+from research.models.families.llama import llama
+from research.objectives import next_token
+from research.paths import named_leaves
+from research.train.loop import Training, fit
+from research.train.optim import AdamW
+from research.train.sharding import make_mesh
+from research.types import Source
+from research.weights import lora
+from research.weights.base import Weight, is_weight
+
+MODEL = decoder.Decoder(llama(64, 2, 16, 4, 2, 32, max_length=32))
+FACTORS = r".*/kernel/(a|b)"
+
+
+def adapted():
+    tree = decoder.init(MODEL, jax.random.key(0))
+    return lora.add(tree, r".*/(q|v|up)/kernel", jax.random.key(1), rank=2)
+
+
+def names():
+    return jax.tree.map(
+        lambda weight, axes: weight.axes(axes) if is_weight(weight) else axes,
+        adapted(),
+        decoder.axes(MODEL),
+        is_leaf=is_weight,
+    )
+
+
+def next_batch(state, params, context, rng, last_metrics):
+    rng = np.random.default_rng(state)
+    tokens = rng.integers(1, 64, size=(8, 12)).astype(np.int32)
+    weights = (rng.uniform(size=(8, 11)) < 0.4).astype(np.float32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights / weights.sum()}
+    return {**batch, "segment_ids": np.ones((8, 11), np.int32)}, state + 1
+
+
+def train(steps=3, directory=None, mesh=None):
+    config = Training(steps=steps, accumulate=2, directory=directory)
+    optimizer = AdamW(0.01, weight_decay=0.1)
+    objective, source = next_token(MODEL), Source(lambda rng: 0, next_batch)
+    options = {} if mesh is None else {"mesh": mesh, "names": names()}
+    return fit(objective, source, adapted(), optimizer, config, rule=FACTORS, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train(directory=tmp_path_factory.mktemp("alone"))
+
+
+def test_only_factors_move_and_only_they_have_state(alone):
+    before = dict(named_leaves(adapted()))
+    for name, leaf in named_leaves(alone.params):
+        moved = not np.array_equal(leaf, before[name])
+        assert moved == name.endswith(("/kernel/a", "/kernel/b")), name
+    moments = [name for name, leaf in named_leaves(alone.state.opt_state) if leaf.ndim]
+    assert moments and all(name.endswith(("/a", "/b")) for name in moments)
+
+
+def test_a_checkpoint_restores_weights_with_their_type(alone, tmp_path):
+    train(2, tmp_path)
+    resumed = train(3, tmp_path)
+    assert_bitwise(resumed.state, alone.state)
+    kinds = [type(leaf) for leaf in jax.tree.leaves(resumed.params, is_leaf=is_weight)]
+    assert any(issubclass(kind, Weight) for kind in kinds)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 2)])
+def test_meshes_equal_one_device(alone, shape):
+    fitted = train(mesh=make_mesh(*shape))
+    for (name, got), (_, expected) in zip(
+        named_leaves(fitted.params), named_leaves(alone.params), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=name)
