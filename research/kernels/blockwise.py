@@ -52,9 +52,8 @@ def blockwise(
 
 
 def default_tiles(T: int, S: int, G: int) -> Tiles:
-    """Tiles of at most 512 keys and 512 positions or 2048 rows of queries, of nearly equal size."""
-    most = max(64, min(512, 2048 // G))
-    return Tiles(_even(T, most), _even(S, 512))
+    """Blocks of nearly equal size: at most 256 keys, 256 query positions and 1024 query rows."""
+    return Tiles(_even(T, max(64, min(256, 1024 // G))), _even(S, 256))
 
 
 def _even(length: int, most: int) -> int:
@@ -134,6 +133,8 @@ def _group_visits(mask: Mask, B: int, K: int, T: int, S: int, tiles: Tiles, axis
 
 def _walk(step: Callable, seen: tuple, block: Array, carry: Any) -> Any:
     """`carry = step(other block, carry, masked)` over the full tiles and then the partial ones."""
+    if seen[0][0].shape[-1] == 1:  # one tile: a loop of zero or one rounds costs more than a mask
+        return step(0, carry, True)
     for masked, (order, count) in zip((False, True), seen, strict=True):
 
         def body(n, carry, masked=masked, order=order):
@@ -247,7 +248,7 @@ def _backward_group(scale, tiles, S, operands):
             v_grad += weights @ out_grad[i]
             scores_grad = weights * (v[j] @ out_grad[i].T - delta[i])
             k_grad += scores_grad @ q[i]
-            q_grad = q_grad.at[i].add(scores_grad.T @ k[j])
+            q_grad = q_grad.at[i].add(k[j].T @ scores_grad)
             if mask.slopes is not None:
                 slopes_grad += _slopes_grad(scores_grad, i, j, tiles, G)
             return q_grad, k_grad, v_grad, slopes_grad
@@ -258,9 +259,9 @@ def _backward_group(scale, tiles, S, operands):
         q_grad, k_grad, v_grad, slopes_grad = _walk(step, seen, j, start)
         return (q_grad, slopes_grad), (k_grad, v_grad)
 
-    start = jnp.zeros(q.shape), jnp.zeros(G)
+    start = jnp.zeros(q.mT.shape), jnp.zeros(G)  # dqᵀ: only the small operand is transposed
     (q_grad, slopes_grad), (k_grad, v_grad) = lax.scan(key_block, start, jnp.arange(k.shape[0]))
-    return q_grad * scale, k_grad, v_grad, slopes_grad
+    return q_grad.mT * scale, k_grad, v_grad, slopes_grad
 
 
 def _slopes_grad(scores_grad: Array, i: Array, j: Array, tiles: Tiles, G: int) -> Array:
