@@ -15,7 +15,6 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh
 
@@ -26,10 +25,11 @@ from research.train.interrupt import Interrupted, StopRequest
 from research.train.metrics import Meter, ProgressBar
 from research.train.optim import Optimizer
 from research.train.optim import optimizer as make_optimizer
-from research.train.partition import Rule, combine, partition
+from research.train.partition import Rule, combine
+from research.train.placement import place, start
 from research.train.retention import Best
-from research.train.sharding import follow, on_mesh, shard_batch, sharding_of, shardings
-from research.train.state import TrainState, initial_state, source_rng
+from research.train.sharding import shard_batch, sharding_of
+from research.train.state import TrainState, source_rng
 from research.train.step import Step, make_step
 from research.types import Objective, Params, PyTree, Source
 
@@ -100,7 +100,8 @@ def fit(
     `identity` is whatever else decides the course of the run (model, data): a config of plain
     values. With the seed, accumulation, optimizer, rule and shapes it is written to the directory,
     and a directory of another run is refused. `mesh` shards the batch over data and fsdp, and the
-    parameters as `names` says, or as they already are when there are no names.
+    parameters as `names` says, or as they already are when there are no names. What a Source gets
+    as params is donated by the step that follows: it must not keep them.
 
     Raises NonFiniteError when a loss or gradient is not finite, CheckpointError when a checkpoint
     cannot be written or none can be read, OtherRunError for another run's directory, Interrupted
@@ -108,11 +109,11 @@ def fit(
     """
     if config.keep_best is not None and evaluate is None:
         raise ValueError("Training.keep_best needs an `evaluate`")
-    trainable, frozen, context = _placed(params, context, names, rule, mesh)
+    trainable, frozen, context = place(params, context, names, rule, mesh)
     update = optimizer
     if isinstance(optimizer, Optimizer):
         update = make_optimizer(optimizer, trainable)
-    state = _initial(trainable, update, source, config, mesh)
+    state = start(trainable, update, source, config.seed, config.ema_decay is not None, mesh)
     records = _records(config, _identity(config, optimizer, rule, trainable, frozen, identity))
     homes = None if mesh is None else sharding_of(state.replace(source_state=None))
     parts = _Parts(
@@ -231,30 +232,6 @@ def _fitted(parts: _Parts, now: Progress, evaluation: dict[str, float] | None) -
     state = now.state
     ema = None if state.ema is None else combine(state.ema, parts.frozen)
     return Fitted(combine(state.trainable, parts.frozen), ema, state, evaluation or {})
-
-
-def _placed(params, context, names, rule, mesh) -> tuple[Params, Params, Any]:
-    """(trainable, frozen, context), on the mesh when there is one."""
-    if mesh is None:
-        return (*partition(params, rule), context)
-    if names is not None:
-        homes, notes = shardings(names, params, mesh)
-        for note in notes:
-            print(note, flush=True)
-        params = jax.device_put(params, homes)
-    return (*partition(on_mesh(params, mesh), rule), on_mesh(context, mesh))
-
-
-def _initial(trainable, update, source: Source, config: Training, mesh) -> TrainState:
-    rng = jax.random.key(config.seed)
-    averaged = config.ema_decay is not None
-    homes = None
-    if mesh is not None:
-        homes = follow(jax.eval_shape(update.init, trainable), trainable, mesh)
-    init = jax.jit(update.init, out_shardings=homes)
-    state = initial_state(trainable, update._replace(init=init), rng, ema=averaged)
-    state = state if mesh is None else on_mesh(state, mesh)
-    return state.replace(source_state=source.init(source_rng(rng, 0)))
 
 
 def _records(config: Training, identity: dict[str, Any]) -> RunDirectory | Nowhere:
