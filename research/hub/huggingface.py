@@ -128,14 +128,19 @@ def write_weights(
         single = len(groups) == 1
         file = WEIGHTS if single else SHARD.format(number=number, count=len(groups))
         held = dict(next(stream) for _ in names)
-        try:
-            save_file(held, directory / file, metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: could not be written ({error})") from error
+        write_tensors(directory / file, held)
         weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(directory / INDEX, index)
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """One safetensors file; CheckpointError when it cannot be written."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file.name}: could not be written ({error})") from error
 
 
 def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -1,10 +1,11 @@
 """Make tests/hub/fixtures: tiny random models and what `transformers` computes for them.
 
     .references/venv/bin/python scripts/references/hub_fixtures.py tiny
+    .references/venv/bin/python scripts/references/hub_fixtures.py adapters
     .references/venv/bin/python scripts/references/hub_fixtures.py smollm2 MODEL.gguf
 
 tiny_llama/CASE holds a model directory and expected.safetensors (logits and gradients for the
-prompts in prompts.json). smollm2.json holds, for the prompts in it, logits at a few vocabulary
+prompts in prompts.json); adapters/CASE a PEFT adapter of the case 'gqa' and its logits. smollm2.json holds, for the prompts in it, logits at a few vocabulary
 entries, the log-sum-exp at every position, 64 greedy tokens, and the ids of its own tokenizer.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from hub_logits import answer, open_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -44,6 +46,23 @@ CASES = {
     "tied_biased": dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "llama3": dict(head_dim=8, rope_parameters=LLAMA3),
 }
+ADAPTERS = {
+    "attention": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_rslora=True),
+    "ragged": dict(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "o_proj", "gate_proj"],
+        layers_to_transform=[1],
+    ),
+    "patterns": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"model.layers.1.self_attn.v_proj": 2},
+        alpha_pattern={"layers.0.self_attn.q_proj": 3},
+    ),
+    "embeddings": dict(r=3, lora_alpha=5, target_modules=["embed_tokens", "lm_head", "down_proj"]),
+}
 
 
 def make_tiny() -> None:
@@ -57,6 +76,22 @@ def make_tiny() -> None:
         (folder / "prompts.json").write_text(json.dumps(PROMPTS))
         found = answer(model, {"prompts": PROMPTS, "gradients": True})
         save_file(found, folder / "expected.safetensors")
+
+
+def make_adapters() -> None:
+    for number, (name, fields) in enumerate(ADAPTERS.items()):
+        torch.manual_seed(number)
+        base = open_model(FIXTURES / "tiny_llama" / "gqa")
+        model = get_peft_model(base, LoraConfig(**fields)).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the second factor begins as zero
+                parameter.data = 0.3 * torch.randn_like(parameter)
+        folder = FIXTURES / "adapters" / name
+        model.save_pretrained(folder)
+        config = folder / "adapter_config.json"
+        config.write_text(config.read_text().replace(str(FIXTURES.parents[2]) + "/", ""))
+        (folder / "README.md").unlink()
+        save_file(answer(model, {"prompts": PROMPTS}), folder / "expected.safetensors")
 
 
 def make_smollm2(path: Path) -> None:
@@ -80,4 +115,7 @@ def make_smollm2(path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    make_tiny() if sys.argv[1] == "tiny" else make_smollm2(Path(sys.argv[2]))
+    if sys.argv[1] == "smollm2":
+        make_smollm2(Path(sys.argv[2]))
+    else:
+        {"tiny": make_tiny, "adapters": make_adapters}[sys.argv[1]]()

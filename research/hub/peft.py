@@ -1,0 +1,200 @@
+"""LoRA adapters in the directory format of Hugging Face PEFT, both ways.
+
+A directory holds adapter_config.json and adapter_model.safetensors, in which every adapted module
+has two matrices: lora_A.weight [R, in] and lora_B.weight [out, R], the transposes of our a [in, R]
+and b [R, out] (for an embedding lora_embedding_A [R, V] and lora_embedding_B [D, R]).
+
+Ours are stacked over layers and have one scale for all. An adapter whose rank or alpha differs
+between layers is read exactly by padding ranks with zeros and folding the ratio of scales into b;
+a layer that it leaves out gets zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.hub import huggingface
+from research.hub.checkpoint import CheckpointError
+from research.hub.peft_config import CONFIG, config_to_save, module_of, read_config, scale_of
+from research.hub.pretrained import Pretrained
+from research.hub.replace import replacing
+from research.models import families
+from research.models.families.checkpoint import Entry
+from research.paths import map_named, named_leaves
+from research.weights.base import dense, is_weight
+from research.weights.lora import LoRA
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TIED = (
+    "the embedding table is tied to the head: PEFT would adapt the embedding alone, here the "
+    "head changes with it"
+)
+
+
+def load_adapter(pretrained: Pretrained, directory: str | Path) -> Pretrained:
+    """The model with a PEFT LoRA adapter around its matrices (factors float32).
+
+    Raises CheckpointError when a file is missing or damaged, the adapter is of another kind, or
+    its names or shapes do not fit the model.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    tensors = read_tensors(directory / WEIGHTS)
+    entries = adaptable(pretrained)
+    leaves = dict(named_leaves(pretrained.params, is_leaf=is_weight))
+    shapes = {path: jax.eval_shape(dense, leaves[path]).shape for path in entries}
+    found: dict[str, LoRA] = {}
+    for path, entry in entries.items():
+        factors = take_factors(directory, entry, shapes[path], tensors)
+        if any(pair is not None for pair in factors):
+            if path == "embed/table" and pretrained.model.config.head is None:
+                raise CheckpointError(f"{directory}: {TIED}")
+            found[path] = stack(leaves[path], entry, shapes[path], factors, config)
+    drop_copies_of_base(directory, entries, leaves, tensors)
+    if tensors or not found:
+        odd = ", ".join(sorted(tensors)[:8]) or "nothing at all"
+        raise CheckpointError(f"{directory / WEIGHTS}: holds what has no place in the model: {odd}")
+    params = map_named(
+        lambda path, leaf: found.get(path, leaf), pretrained.params, is_leaf=is_weight
+    )
+    return dataclasses.replace(pretrained, params=params)
+
+
+def adaptable(pretrained: Pretrained) -> dict[str, Entry]:
+    """{path: entry} of the matrices that an adapter may stand on."""
+    entries = families.find(pretrained.config).name_map(pretrained.model.config)
+    return {e.path: e for e in entries if e.path.endswith(("/kernel", "/table"))}
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """{name without PEFT's prefix: array}."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: there is no such file")
+    with huggingface.opened(file) as tensors:
+        return {name.removeprefix(PREFIX): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+def factor_names(entry: Entry, layer: int | None) -> tuple[str, str]:
+    kind = "lora_embedding_{}" if entry.path.endswith("/table") else "lora_{}.weight"
+    stem = module_of(entry, layer)
+    return f"{stem}.{kind.format('A')}", f"{stem}.{kind.format('B')}"
+
+
+def layers_of(entry: Entry, shape: tuple[int, ...]) -> list[int | None]:
+    return list(range(shape[0])) if entry.stacked else [None]
+
+
+def take_factors(
+    directory: Path, entry: Entry, shape: tuple[int, ...], tensors: dict[str, np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    """For every layer a [in, R] and b [R, out], or None; what is used leaves `tensors`."""
+    pairs: list[tuple[np.ndarray, np.ndarray] | None] = []
+    for layer in layers_of(entry, shape):
+        names = factor_names(entry, layer)
+        here = [name for name in names if name in tensors]
+        if len(here) == 1:
+            (other,) = set(names) - set(here)
+            raise CheckpointError(f"{directory / WEIGHTS}: holds {here[0]} but not {other}")
+        pairs.append(tuple(tensors.pop(name).T for name in names) if here else None)
+        if here:
+            a, b = pairs[-1]
+            if (a.shape[0], b.shape[1], a.shape[1]) != (*shape[-2:], b.shape[0]):
+                expected = f"[R, {shape[-2]}] and [{shape[-1]}, R]"
+                raise CheckpointError(
+                    f"{directory / WEIGHTS}: {names[0]} {list(a.T.shape)} and "
+                    f"{names[1]} {list(b.T.shape)}; expected {expected}"
+                )
+    return pairs
+
+
+def stack(
+    base: Any,
+    entry: Entry,
+    shape: tuple[int, ...],
+    pairs: list[tuple[np.ndarray, np.ndarray] | None],
+    config: dict[str, Any],
+) -> LoRA:
+    """One LoRA from the factors of each layer."""
+    rank = max(pair[0].shape[1] for pair in pairs if pair is not None)
+    a = np.zeros((len(pairs), shape[-2], rank), np.float32)
+    b = np.zeros((len(pairs), rank, shape[-1]), np.float32)
+    scale = None
+    for index, (layer, pair) in enumerate(zip(layers_of(entry, shape), pairs, strict=True)):
+        if pair is None:
+            continue
+        own_rank = pair[0].shape[1]
+        own_scale = scale_of(config, module_of(entry, layer), own_rank)
+        scale = own_scale if scale is None else scale
+        a[index, :, :own_rank] = pair[0]
+        b[index, :own_rank] = pair[1].astype(np.float32) * (own_scale / scale)
+    if not entry.stacked:
+        a, b = a[0], b[0]
+    dropout = float(config.get("lora_dropout") or 0.0)
+    return LoRA(base, jnp.asarray(a), jnp.asarray(b), scale, dropout)
+
+
+def drop_copies_of_base(
+    directory: Path, entries: dict[str, Entry], leaves: dict[str, Any], tensors: dict[str, Any]
+) -> None:
+    """PEFT writes adapted embeddings and heads out too: fine when they are those of the model."""
+    for path, entry in entries.items():
+        name = f"{module_of(entry, 0)}.base_layer.weight"
+        if entry.stacked or name not in tensors:
+            continue
+        ours = np.asarray(dense(leaves[path]), np.float32)
+        theirs = tensors.pop(name).astype(np.float32)
+        theirs = theirs.T if entry.transpose else theirs
+        if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=1e-2, atol=1e-6):
+            raise CheckpointError(
+                f"{directory / WEIGHTS}: {name} is not the matrix of this model: the adapter was "
+                "trained on another base"
+            )
+
+
+def save_adapter(directory: str | Path, pretrained: Pretrained) -> None:
+    """Write the LoRA factors of a model, and nothing else of it, as PEFT does.
+
+    An existing adapter directory is replaced as a whole or not at all. Raises CheckpointError when
+    the model has no LoRA, or one that PEFT's format cannot express.
+    """
+    entries = adaptable(pretrained)
+    nodes = {
+        path: node
+        for path, node in named_leaves(pretrained.params, is_leaf=is_weight)
+        if isinstance(node, LoRA)
+    }
+    require_expressible(directory, pretrained, entries, nodes)
+    config = config_to_save(entries, nodes)
+    tensors = {}
+    for path, node in nodes.items():
+        a, b = np.asarray(node.a), np.asarray(node.b)
+        for layer in layers_of(entries[path], a.shape):
+            factors = (a, b) if layer is None else (a[layer], b[layer])
+            for name, factor in zip(factor_names(entries[path], layer), factors, strict=True):
+                tensors[PREFIX + name] = np.ascontiguousarray(factor.T)
+    with replacing(directory, marker=CONFIG) as partial:
+        huggingface.write_json(partial / CONFIG, config)
+        huggingface.write_tensors(partial / WEIGHTS, tensors)
+
+
+def require_expressible(
+    directory: Any, pretrained: Pretrained, entries: dict[str, Entry], nodes: dict[str, LoRA]
+) -> None:
+    if not nodes:
+        raise CheckpointError(f"{directory}: the model has no LoRA to save")
+    for path, node in nodes.items():
+        if path not in entries:
+            raise CheckpointError(f"{directory}: the family has no name for the matrix {path}")
+        if isinstance(node.base, LoRA):
+            raise CheckpointError(f"{directory}: {path} has a LoRA on a LoRA: merge one first")
+    if "embed/table" in nodes and pretrained.model.config.head is None:
+        raise CheckpointError(f"{directory}: {TIED}")
+    if len({node.dropout for node in nodes.values()}) > 1:
+        raise CheckpointError(f"{directory}: dropout differs between matrices; PEFT has one")

@@ -1,0 +1,210 @@
+"""LoRA adapters: what peft wrote gives peft's logits, and peft reads what we write."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hub_reference import FIXTURES, ask, needs_reference
+from safetensors.numpy import load_file, save_file
+
+from research import hub
+from research.hub import CheckpointError
+from research.hub.peft_config import short_name
+from research.weights import lora
+from research.weights.base import merge
+
+BASE = FIXTURES / "tiny_llama" / "gqa"
+ADAPTERS = ["attention", "ragged", "patterns", "embeddings"]
+PROMPTS = json.loads((BASE / "prompts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def base():
+    return hub.load(BASE)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(FIXTURES / "adapters" / "attention", tmp_path / "adapter")
+
+
+def adapted(base, key, rule=r".*/(q|down)/kernel", **how):
+    """The base with LoRAs whose second factor is not zero."""
+    params = lora.add(base.params, rule, key, **how)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x + 0.1 if jax.tree_util.keystr(path[-1:]).endswith("b") else x, params
+    )
+    return dataclasses.replace(base, params=params)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_equal_peft(base, name):
+    expected = load_file(FIXTURES / "adapters" / name / "expected.safetensors")
+    loaded = hub.load_adapter(base, FIXTURES / "adapters" / name)
+    for number, ids in enumerate(PROMPTS):
+        ours = loaded.logits(ids)[0]
+        np.testing.assert_allclose(ours, expected[f"logits.{number}"], rtol=0, atol=1e-4)
+        assert np.abs(ours - base.logits(ids)[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_saved_and_loaded_again_is_the_same_function(base, name, tmp_path):
+    loaded = hub.load_adapter(base, FIXTURES / "adapters" / name)
+    hub.save_adapter(tmp_path / "out", loaded)
+    again = hub.load_adapter(base, tmp_path / "out")
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6),
+        merge(again.params),
+        merge(loaded.params),
+    )
+
+
+def test_what_peft_wrote_evenly_comes_back_to_the_byte(base, tmp_path):
+    hub.save_adapter(tmp_path / "out", hub.load_adapter(base, FIXTURES / "adapters/attention"))
+    before = load_file(FIXTURES / "adapters/attention/adapter_model.safetensors")
+    after = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array, err_msg=name)
+
+
+@pytest.mark.reference
+@needs_reference
+def test_peft_opens_what_we_save(base, key, tmp_path):
+    attention = {"rule": r".*/(q|v|down)/kernel", "rank": 4, "alpha": 16}
+    embeddings = {
+        "rule": r".*/o/kernel|embed/table|head/kernel",
+        "rank": 2,
+        "rank_stabilized": True,
+    }
+    requests, ours = [], []
+    for name, how in {"attention": attention, "embeddings": embeddings}.items():
+        model = adapted(base, key, **how)
+        hub.save_adapter(tmp_path / name, model)
+        requests.append({"model": BASE, "adapter": str(tmp_path / name), "prompts": PROMPTS})
+        ours.append([model.logits(ids)[0] for ids in PROMPTS])
+    for theirs, logits in zip(ask(tmp_path, *requests), ours, strict=True):
+        for number, expected in enumerate(logits):
+            np.testing.assert_allclose(theirs[f"logits.{number}"], expected, rtol=0, atol=1e-4)
+
+
+def test_saving_the_whole_model_merges(base, key, tmp_path):
+    model = adapted(base, key)
+    hub.save(tmp_path / "merged", model)
+    again = hub.load(tmp_path / "merged")
+    np.testing.assert_allclose(
+        again.logits(PROMPTS[0]), model.logits(PROMPTS[0]), rtol=0, atol=1e-5
+    )
+
+
+def test_config_has_the_commonest_numbers_and_patterns(base, key, tmp_path):
+    model = adapted(base, key, r".*/(q|k|v)/kernel", rank=8, alpha=16)
+    params = lora.add(model.params, r".*/down/kernel", key, rank=2, alpha=3)
+    hub.save_adapter(tmp_path / "out", dataclasses.replace(model, params=params))
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    assert config["target_modules"] == ["down_proj", "k_proj", "q_proj", "v_proj"]
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({"down_proj": 2}, {"down_proj": 3})
+
+
+def test_short_names_are_as_long_as_they_must_be():
+    modules = ["h.0.attn.proj", "h.0.mlp.proj", "h.0.mlp.up", "head"]
+    short = [short_name(module, modules) for module in modules]
+    assert short == ["attn.proj", "mlp.proj", "up", "head"]
+
+
+def change_config(copy, **fields):
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"peft_type": "IA3"}, r"adapter_config.json: peft_type 'IA3'; expected 'LORA'"),
+        ({"use_dora": True}, r"use_dora = True is not supported"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not supported"),
+        ({"bias": "all"}, r"bias = 'all'; expected one of \('none'"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights = 'pissa'; expected one of"),
+        ({"r": None}, r"r = None; expected a number > 0"),
+    ],
+)
+def test_adapters_of_other_kinds(base, copy, fields, message):
+    change_config(copy, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        hub.load_adapter(base, copy)
+
+
+def change_tensors(copy, change):
+    file = copy / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def test_missing_factor_surplus_name_and_wrong_shape(base, copy):
+    whole = (copy / "adapter_model.safetensors").read_bytes()
+    change_tensors(copy, lambda tensors: tensors.pop(f"{FIRST}.lora_B.weight"))
+    with pytest.raises(CheckpointError, match=r"holds .*q_proj.lora_A.weight but not .*lora_B"):
+        hub.load_adapter(base, copy)
+    (copy / "adapter_model.safetensors").write_bytes(whole)
+    change_tensors(copy, lambda tensors: tensors.update(odd=np.zeros(1, np.float32)))
+    with pytest.raises(CheckpointError, match=r"holds what has no place in the model: odd"):
+        hub.load_adapter(base, copy)
+    (copy / "adapter_model.safetensors").write_bytes(whole)
+    name = f"{FIRST}.lora_A.weight"
+    change_tensors(copy, lambda tensors: tensors.update({name: np.zeros((4, 9), np.float32)}))
+    with pytest.raises(
+        CheckpointError, match=r"q_proj.lora_A.weight \[4, 9\] .*expected \[R, 16\]"
+    ):
+        hub.load_adapter(base, copy)
+
+
+def test_missing_files_and_truncated_weights(base, copy, tmp_path):
+    file = copy / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: truncated"):
+        hub.load_adapter(base, copy)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: there is no such file"):
+        hub.load_adapter(base, copy)
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: there is no such file"):
+        hub.load_adapter(base, tmp_path)
+
+
+def test_an_embedding_of_another_base(base, tmp_path):
+    copy = shutil.copytree(FIXTURES / "adapters/embeddings", tmp_path / "adapter")
+    name = "base_model.model.lm_head.base_layer.weight"
+    change_tensors(copy, lambda tensors: tensors.update({name: tensors[name] + 1}))
+    with pytest.raises(CheckpointError, match=r"lm_head.base_layer.weight is not the matrix of"):
+        hub.load_adapter(base, copy)
+
+
+def test_what_cannot_be_saved(base, key, tmp_path):
+    with pytest.raises(CheckpointError, match="has no LoRA to save"):
+        hub.save_adapter(tmp_path / "out", base)
+    twice = adapted(adapted(base, key), key)
+    with pytest.raises(CheckpointError, match="q/kernel has a LoRA on a LoRA: merge one first"):
+        hub.save_adapter(tmp_path / "out", twice)
+    tied = adapted(hub.load(FIXTURES / "tiny_llama/tied_biased"), key, r"embed/table")
+    with pytest.raises(CheckpointError, match="tied to the head"):
+        hub.save_adapter(tmp_path / "out", tied)
+    with pytest.raises(CheckpointError, match="tied to the head"):
+        hub.load_adapter(
+            hub.load(FIXTURES / "tiny_llama/tied_biased"), FIXTURES / "adapters/embeddings"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_are_float32_whatever_the_model_is(copy):
+    model = hub.load_adapter(hub.load(BASE, dtype=jnp.bfloat16), copy)
+    node = model.params["stack_0"]["block_0"]["attention"]["q"]["kernel"]
+    assert (node.base.dtype, node.a.dtype, node.b.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    assert node.scale == pytest.approx(8 / 4**0.5)
