@@ -50,11 +50,11 @@ class Generation:
 
 @struct.dataclass
 class State:
-    """Between two tokens. `limit` of them are wanted; arrays have room for M of them."""
+    """Between two tokens. S, the slots of the cache, is more than there will be new tokens."""
 
     cache: Cache
-    tokens: Array  # [B, M]
-    log_probs: Array  # [B, M]
+    tokens: Array  # [B, S], new tokens only
+    log_probs: Array  # [B, S]
     lengths: Array  # [B]
     ended: Array  # [B] bool
     seen: Array | None  # [B, V] bool, with a repetition penalty only
@@ -85,10 +85,11 @@ def generate(
     width = bucket(max(len(prompt) for prompt in prompts))
     tokens, segments = left_padded(prompts, width, pad_id)
     params = in_layers(params)
-    stop = jnp.asarray(sampling.stop_ids, jnp.int32)
-    room, filters = bucket(sampling.max_tokens), sampling.filters
+    stop, filters = jnp.asarray(sampling.stop_ids, jnp.int32), sampling.filters
+    # Coarse, as the loop is compiled for every number of slots.
+    slots = bucket(width + sampling.max_tokens, least=64, steps=2)
     keys = row_keys(rng, len(prompts))
-    state = read(model, params, tokens, segments, keys, filters, stop, room, pad_id)
+    state = read(model, params, tokens, segments, keys, filters, stop, slots, pad_id)
     every = sampling.max_tokens if callback is None else stream_every
     told = 0
     while True:
@@ -115,7 +116,7 @@ def row_keys(rng: Array, rows: int) -> Array:
     return rng
 
 
-@partial(jax.jit, static_argnames=("model", "room"))
+@partial(jax.jit, static_argnames=("model", "slots"))
 def read(
     model: Decoder,
     params: Params,
@@ -124,12 +125,12 @@ def read(
     keys: Array,
     filters: Filters,
     stop: Array,
-    room: int,
+    slots: int,
     pad_id: int,
 ) -> State:
-    """Read the prompts [B, P] and draw the first token; the cache has P + room slots."""
-    B, P = tokens.shape
-    cache = empty_cache(model, B, P + room, stacked=False)
+    """Read the prompts [B, P] into a cache of `slots` slots and draw the first token."""
+    B = tokens.shape[0]
+    cache = empty_cache(model, B, slots, stacked=False)
     hidden, cache = model.apply(
         {"params": params}, tokens, segment_ids=segments, cache=cache, method="hidden"
     )
@@ -140,8 +141,8 @@ def read(
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(B)[:, None], tokens].max(segments != 0)
     state = State(
         cache=cache,
-        tokens=jnp.full((B, room), pad_id, jnp.int32),
-        log_probs=jnp.zeros((B, room), jnp.float32),
+        tokens=jnp.full((B, slots), pad_id, jnp.int32),
+        log_probs=jnp.zeros((B, slots), jnp.float32),
         lengths=jnp.zeros(B, jnp.int32),
         ended=jnp.zeros(B, bool),
         seen=seen,

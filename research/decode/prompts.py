@@ -11,13 +11,13 @@ class PromptError(ValueError):
     """A prompt is empty, holds an id outside the vocabulary, or does not fit the context."""
 
 
-def bucket(length: int, least: int = 16) -> int:
-    """The next of the sizes 16, 20, 24, 28, 32, 40, ...: four an octave, at most a quarter wasted.
+def bucket(length: int, least: int = 16, steps: int = 4) -> int:
+    """The next of the sizes 16, 20, 24, 28, 32, 40, ...: `steps` an octave, from `least` on.
 
-    Few sizes mean few compilations.
+    Few sizes mean few compilations; four steps waste at most a quarter, two at most a half.
     """
-    step = max(1, least // 4)
-    while step * 8 < length:
+    step = max(1, least // steps)
+    while step * 2 * steps < length:
         step *= 2
     return max(least, -(-length // step) * step)
 

@@ -125,9 +125,9 @@ def keep_top_p(logits: Array, p: float | Array) -> Array:
     integers): 31 sums over V where a sort of V takes many times longer on a CPU.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
-    mass_from = lambda least: jnp.where(probabilities >= least, probabilities, 0).sum(
-        -1, keepdims=True
-    )  # noqa: E731
+
+    def mass_from(least: Array) -> Array:
+        return jnp.where(probabilities >= least, probabilities, 0).sum(-1, keepdims=True)
 
     def bit(i: int, least: Array) -> Array:
         candidate = least | (1 << (30 - i))

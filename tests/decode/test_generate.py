@@ -181,6 +181,7 @@ def test_buckets_and_padding():
         16, 16, 20, 32, 40, 64, 80, 112, 1024, 1280,
     ]  # fmt: skip
     assert all(n <= bucket(n) <= 1.25 * n for n in range(16, 3000))
+    assert [bucket(n, 64, 2) for n in (1, 64, 65, 97, 200, 257)] == [64, 64, 96, 128, 256, 384]
     tokens, segments = left_padded([[1, 2], [3]], 3, 9)
     assert tokens.tolist() == [[9, 1, 2], [9, 9, 3]]
     assert segments.tolist() == [[0, 1, 1], [0, 0, 1]]
