@@ -11,7 +11,7 @@ each goes to the fullest row that still has room. Within a row the data set's or
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -78,6 +78,17 @@ def fill(rows: Sequence[Sequence[Example]], length: int, pad_id: int = 0) -> Tab
 def fill_ratio(table: Table) -> float:
     """The part of all positions that holds a token, in (0, 1]."""
     return float((table["segment_ids"] != 0).mean())
+
+
+def batches(table: Table, rows: int) -> Iterator[Table]:
+    """All rows in order, `rows` at a time, the last batch filled up with rows of padding."""
+    count = len(table["tokens"])
+    for first in range(0, count, rows):
+        missing = max(first + rows - count, 0)
+        yield {
+            name: np.pad(values[first : first + rows], ((0, missing), (0, 0)))
+            for name, values in table.items()
+        }
 
 
 def unpack(table: Table) -> list[Example]:

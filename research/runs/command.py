@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from research.runs import environment, results
+from research.runs import environment, page, results
 from research.runs.canonical import module_name, run_id, to_json
 from research.runs.overrides import OverrideError, lookup, override, parse_assignments
 
@@ -63,11 +63,13 @@ def main(
     smoke: Smoke,
     arguments: Sequence[str] | None = None,
     root: Path = environment.ROOT,
+    places: Places | None = None,
 ) -> list[results.Row]:
     """Runs what the command line asks for and returns its rows, old and new.
 
     `base` is a frozen dataclass with an int `seed`; `smoke` is a dict of overrides, or a function
-    from config to config, that makes any run small. `table(rows)` is printed at the end.
+    from config to config, that makes any run small. `table(rows)` is printed at the end. `places`
+    overrules where rows and run directories go, below `root` otherwise.
     """
     experiment = experiment_name(run)
     parser = _parser(experiment, run)
@@ -76,7 +78,7 @@ def main(
         planned = plan(experiment, base, sweep, options, smoke)
     except OverrideError as error:
         parser.error(str(error))
-    places = _places(experiment, root, options.smoke)
+    places = places or _places(experiment, root, options.smoke)
     done = {row["id"]: row for row in results.latest(results.read(places.results))}
     if options.list:
         for each in planned:
@@ -197,8 +199,9 @@ def _run_one(
     }
     if jax.process_index() == 0:
         results.append(places.results, row)
+        page.write(row, directory)
     minutes = f"{row['wall_s'] / 60:.1f} min"
-    print(f"  {minutes}, row in {places.results}\n  {_brief(row)}", flush=True)
+    print(f"  {minutes}, row in {places.results}, page {directory / page.NAME}\n  {_brief(row)}")
     return row
 
 

@@ -1,6 +1,6 @@
 """The directory of a run: whose it is, its checkpoints, its metrics.
 
-DIRECTORY/config.json      what decides the course of the run; another run is refused
+DIRECTORY/identity.json    what decides the course of the run; another run is refused
 DIRECTORY/metrics.jsonl    see metrics.py
 DIRECTORY/checkpoints/     see checkpoint.py
 """
@@ -120,17 +120,17 @@ class Nowhere:
 
 
 def claim(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Write `identity` (plain JSON values) to config.json, or compare it with the one that is there.
+    """Write `identity` (plain JSON values) to identity.json, or compare it with the one that is there.
 
     Raises OtherRunError naming the fields that differ, CheckpointError when the file is unreadable.
     """
-    path = directory / "config.json"
+    path = directory / "identity.json"
     wanted = json.loads(json.dumps(identity, sort_keys=True))
     if path.exists():
         _require_equal(directory, _read(path), wanted)
         return
     directory.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(".config.json.partial")
+    partial = path.with_name(".identity.json.partial")
     partial.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
     partial.replace(path)
 

@@ -99,3 +99,11 @@ def test_too_long_or_nothing_is_an_error():
         packing.pack(made([3, 9]), 8)
     with pytest.raises(ValueError, match="empty data set"):
         packing.pad([], 8)
+
+
+def test_batches_hold_every_row_once_and_are_of_one_shape():
+    table = {"tokens": np.arange(10).reshape(5, 2), "weights": np.ones((5, 2), np.float32)}
+    parts = list(packing.batches(table, 2))
+    assert [part["tokens"].shape for part in parts] == [(2, 2)] * 3
+    np.testing.assert_array_equal(np.concatenate([p["tokens"] for p in parts])[:5], table["tokens"])
+    np.testing.assert_array_equal(parts[-1]["weights"], [[1, 1], [0, 0]])

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from research.runs import main, param, product, results
+from research.runs import Places, main, param, product, results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,3 +145,17 @@ def test_a_bad_override_is_said_in_a_line_and_nothing_runs(start, capsys, argume
 def test_a_base_without_a_seed_is_refused(tmp_path):
     with pytest.raises(TypeError, match="must be a dataclass with an int `seed`"):
         main(Optim(), [], run, smoke={}, arguments=[], root=tmp_path)
+
+
+def test_a_run_leaves_a_page(start):
+    (row,) = start("--set", "optim.lr=0.5")
+    text = (start.root / "runs" / row["id"] / "report.html").read_text()
+    assert row["id"] in text and "0.5" in text
+
+
+def test_places_can_be_elsewhere(start, tmp_path):
+    places = Places(tmp_path / "mine.jsonl", tmp_path / "mine")
+    (row,) = start(places=places)
+    assert [each["id"] for each in results.read(tmp_path / "mine.jsonl")] == [row["id"]]
+    assert (tmp_path / "mine" / row["id"] / "config.json").exists()
+    assert not start.results.exists()

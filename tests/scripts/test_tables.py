@@ -69,16 +69,13 @@ def test_plot_draws_a_panel_a_metric_and_a_line_a_run_that_is_here(tmp_path):
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
 
 
-def test_report_pairs_before_with_after_and_reads_the_runs_files(tmp_path):
+def test_report_reads_the_runs_files(tmp_path):
     results.append(tmp_path / "experiments/results/question.jsonl", ROWS[0])
     directory = tmp_path / "runs" / ROWS[0]["id"]
     directory.mkdir(parents=True)
     (directory / "samples.jsonl").write_text(
         json.dumps({"prompt": "Who?", "before": "Nobody.", "after": "Somebody."}) + "\n"
     )
-    assert report.comparison(ROWS[0]) == [
-        {"name": "nll", "before": 2.0, "after": 1.0, "better": "lower"}
-    ]
     path = report.main([ROWS[0]["id"]], root=tmp_path)
     assert path == directory / "report.html"
     assert "Somebody." in path.read_text()

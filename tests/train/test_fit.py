@@ -97,7 +97,7 @@ def test_another_config_is_refused(tmp_path):
         quick(2, tmp_path, identity={"data": "b"})
     with pytest.raises(OtherRunError, match=r"training.seed"):
         quick(2, tmp_path, seed=1, identity={"data": "a"})
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "identity.json").write_text("{")
     with pytest.raises(CheckpointError, match="not readable JSON"):
         quick(2, tmp_path)
 
