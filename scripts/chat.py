@@ -1,0 +1,184 @@
+"""Talk to a model in the terminal, the answer streaming.
+
+python scripts/chat.py smollm2 [--adapter DIR] [--system TEXT] [--temperature 0.7] ...
+python scripts/chat.py PATH        a Hugging Face directory or a .gguf file
+
+/reset           forget the conversation        /adapter on|off   the fine-tuned adapter
+/system TEXT     a new system prompt, and reset  /quit             or Ctrl-D; Ctrl-C stops an answer
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from research import hub  # noqa: E402
+from research.decode import PromptError, Sampling, generate  # noqa: E402
+from research.decode.text import TextStream  # noqa: E402
+from research.hub.download import cache_directory, smollm2  # noqa: E402
+from research.models.decoder import unstack  # noqa: E402
+from research.tokenize.chat import render  # noqa: E402
+from research.weights import lora  # noqa: E402
+
+Write = Callable[[str], Any]
+
+
+@dataclass
+class Chat:
+    """A conversation with a model; `params` holds the adapter's factors where there is one."""
+
+    model: Any
+    params: Any
+    tokenizer: Any
+    sampling: Sampling
+    write: Write
+    has_adapter: bool = False
+    system: str | None = None
+    adapter: bool = True
+    seed: int = 0
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self):
+        # Without the factors; the matrices are the same arrays, not copies.
+        self.plain = lora.remove(self.params) if self.has_adapter else self.params
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def say(self, text: str) -> str:
+        """The model's answer to `text`, written as it comes and kept in the conversation."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = self.tokenizer.encode(render(self.tokenizer, asked, add_generation_prompt=True))
+        stream = TextStream(self.tokenizer.decode)
+        params = self.params if self.adapter else self.plain
+        rng = jax.random.fold_in(jax.random.key(self.seed), len(asked))
+        try:
+            generate(
+                self.model,
+                params,
+                [prompt],
+                rng,
+                self.sampling,
+                callback=lambda new: self.write(stream.add(new[0])),
+            )
+        except KeyboardInterrupt:
+            self.write(" [stopped]")
+        self.write(stream.end() + "\n")
+        answer = self.tokenizer.decode(stream.ids)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+    def command(self, line: str) -> bool:
+        """Obey a line that begins with '/'; False ends the conversation."""
+        name, _, rest = line.partition(" ")
+        if name == "/quit":
+            return False
+        if name == "/reset":
+            self.reset()
+            self.write("[forgotten]\n")
+        elif name == "/system":
+            self.system = rest.strip() or None
+            self.reset()
+            self.write("[new system prompt, forgotten]\n")
+        elif name == "/adapter" and rest in ("on", "off") and self.has_adapter:
+            self.adapter = rest == "on"
+            self.write(f"[adapter {rest}]\n")
+        elif name == "/adapter" and not self.has_adapter:
+            self.write("[no adapter: start with --adapter DIR]\n")
+        else:
+            self.write("[commands: /reset, /system TEXT, /adapter on|off, /quit]\n")
+        return True
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Answer line after line until /quit or their end."""
+        for line in map(str.strip, lines):
+            try:
+                if line.startswith("/") and not self.command(line):
+                    return
+                if line and not line.startswith("/"):
+                    self.say(line)
+            except PromptError as error:
+                self.write(f"[{error}; /reset begins anew]\n")
+
+
+def typed() -> Iterable[str]:
+    """Lines from the terminal until Ctrl-D."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n[/quit or Ctrl-D to leave]")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="smollm2",
+        help="'smollm2' (the default), a model directory or a .gguf file",
+    )
+    parser.add_argument("--adapter", help="a PEFT adapter directory")
+    parser.add_argument("--system", help="system prompt; the template's own when absent")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--repetition-penalty", type=float, default=1.1)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    # Compiled programs are kept between starts.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    try:
+        pretrained = hub.load(smollm2() if options.model == "smollm2" else options.model)
+        if options.adapter:
+            pretrained = hub.load_adapter(pretrained, options.adapter)
+    except (ValueError, OSError) as error:
+        print(f"chat: {error}", file=sys.stderr)
+        return 1
+    if pretrained.tokenizer is None or pretrained.tokenizer.chat_template is None:
+        print(f"chat: {options.model} has no tokenizer with a chat template", file=sys.stderr)
+        return 1
+    chat = Chat(
+        model=pretrained.model,
+        params=unstack(pretrained.params),
+        tokenizer=pretrained.tokenizer,
+        sampling=Sampling(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            max_tokens=options.max_tokens,
+            stop_ids=pretrained.tokenizer.stop_ids,
+        ),
+        write=lambda text: print(text, end="", flush=True),
+        has_adapter=options.adapter is not None,
+        system=options.system,
+        seed=options.seed,
+    )
+    del pretrained  # the stacked copy of the parameters
+    print("Compiling at the first answer takes some seconds. /quit leaves.", flush=True)
+    chat.run(typed())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The chat loop on a tiny model whose tokens are bytes."""
+
+from functools import partial
+
+import jax
+import pytest
+
+from research.decode import Sampling
+from research.models import decoder
+from research.models.attention import Attention
+from research.models.layers import GatedMlp
+from research.paths import map_named
+from research.weights import lora
+from scripts import chat
+from scripts.chat import Chat
+
+
+class Bytes:
+    """Token i is byte i."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    block = decoder.Block(Attention(heads=2, kv_heads=2, head_size=8), GatedMlp(32))
+    model = decoder.Decoder(decoder.DecoderConfig(256, 16, (decoder.Stack(1, (block,)),), 96))
+    params = jax.tree.map(lambda x: 6 * x, decoder.init(model, jax.random.key(1)))
+    params = lora.add(params, r".*/(v|o|up|down)/kernel", jax.random.key(2), rank=2)
+    loud = partial(jax.random.normal, jax.random.key(3))
+    return model, map_named(lambda p, x: 3 * loud(x.shape) if p.endswith("/b") else x, params)
+
+
+@pytest.fixture
+def written():
+    return []
+
+
+@pytest.fixture
+def talk(parts, written, monkeypatch):
+    join = lambda _, messages, **more: "".join(f"{m['role'][0]}:{m['content']}\n" for m in messages)  # noqa: E731
+    monkeypatch.setattr(chat, "render", join)
+    model, params = parts
+    sampling = Sampling(temperature=0, max_tokens=6)
+    return Chat(model, params, Bytes(), sampling, written.append, has_adapter=True, system="be")
+
+
+def test_a_conversation(talk, written):
+    first = talk.say("hi")
+    assert "".join(written).rstrip("\n") == first.rstrip("\n")
+    assert [m["role"] for m in talk.messages] == ["system", "user", "assistant"]
+    talk.command("/adapter off")
+    talk.reset()
+    assert talk.say("hi") != first
+    talk.command("/adapter on")
+    talk.reset()
+    assert talk.say("hi") == first
+
+
+def test_commands(talk, written):
+    talk.run(["/system x", "/nonsense", "/quit", "never read"])
+    assert talk.messages == [{"role": "system", "content": "x"}]
+    assert "commands:" in written[-1]
+    talk.has_adapter = False
+    talk.run(["/adapter off"])
+    assert "no adapter" in written[-1]
+
+
+def test_a_conversation_too_long_is_explained_and_goes_on(talk, written):
+    talk.run(["y" * 95, "/reset", "hi"])
+    assert "context of 96; /reset begins anew" in written[0]
+    assert talk.messages[-1]["role"] == "assistant"
+
+
+def test_a_missing_model_is_named(capsys):
+    assert chat.main(["/nowhere/model"]) == 1
+    assert "/nowhere/model" in capsys.readouterr().err
