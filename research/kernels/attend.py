@@ -5,7 +5,7 @@
     n // (N // K). Scores are q·k * scale (1/sqrt(H) when None), softmax in float32. A query that
     sees no key gives zeros. The result has q's dtype.
 
-Every kernel has this signature: `reference` here, `blockwise` on the CPU, Pallas on a GPU.
+Every kernel has this signature: `reference` here, `blockwise` beside it, `attend_auto` that picks one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax import lax
 
 from research.kernels.mask import Mask, distance, to_dense
 from research.types import Array
@@ -50,7 +51,8 @@ def attention_weights(q: Array, k: Array, mask: Mask, scale: float | None = None
         scores += mask.slopes[None, :, None, None] * distance(mask, T, S)
     visible = to_dense(mask, T, S)
     peak = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-jnp.inf)
-    peak = jnp.where(jnp.isfinite(peak), peak, 0)
+    # Softmax does not depend on the peak, so no gradient need flow through the search for it.
+    peak = lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))
     # The double where: exp never sees a masked score, so no gradient is inf * 0.
     powers = jnp.where(visible, jnp.exp(jnp.where(visible, scores - peak, 0)), 0)
     total = powers.sum(-1, keepdims=True)

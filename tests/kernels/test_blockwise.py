@@ -165,6 +165,19 @@ def test_saving_what_is_named_attention_spares_the_second_forward_pass(key):
     assert (exponentials(None), exponentials(names)) == (4 + 4 + 2, 4 + 2)
 
 
+def test_sharded_batch_and_heads_give_the_same(key):
+    args = (*operands(key, 4, 2, B=4), Mask())
+    wanted = value_and_grads(reference, *args)
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=auto)
+    sharding = jax.NamedSharding(mesh, jax.P("data", None, "tensor"))
+    args = (*(jax.device_put(x, sharding) for x in args[:-1]), Mask())
+    for ours, theirs in zip(
+        value_and_grads(partial(blockwise, tiles=Tiles(16, 16)), *args), wanted, strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def temporary_bytes(attend, length):
     q, kv = (jax.ShapeDtypeStruct((1, length, heads, 64), jnp.float32) for heads in (3, 1))
     loss = jax.grad(lambda q, k, v: attend(q, k, v, Mask()).sum(), (0, 1, 2))
