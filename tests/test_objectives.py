@@ -12,13 +12,14 @@ from research.objectives import head_params, next_token, with_penalty
 from research.types import Mean
 
 V, D, B, T = 40, 16, 2, 9
+INIT = jax.jit(decoder.init, static_argnums=0)
 
 
 def tiny(tied: bool) -> decoder.Decoder:
     block = decoder.Block(Attention(heads=4, kv_heads=2, head_size=4), GatedMlp(24))
     head = None if tied else Linear(V, ("embed", "vocab"))
     return decoder.Decoder(
-        decoder.DecoderConfig(V, D, (decoder.Stack(2, (block,)),), max_length=32, head=head)
+        decoder.DecoderConfig(V, D, (decoder.Stack(1, (block,)),), max_length=32, head=head)
     )
 
 
@@ -39,7 +40,7 @@ def batch(key):
 @pytest.mark.parametrize("tied", [True, False])
 def test_next_token_by_hand(batch, key, tied):
     model = tiny(tied)
-    params = jax.tree.map(lambda x: 3 * x, decoder.init(model, key))
+    params = jax.tree.map(lambda x: 3 * x, INIT(model, key))
     assert set(head_params(params)) == {"embed" if tied else "head"}
 
     def by_hand(params):
@@ -50,11 +51,11 @@ def test_next_token_by_hand(batch, key, tied):
         own = jnp.take_along_axis(logp, batch["targets"][..., None], -1)[..., 0]
         return -(own * batch["weights"]).sum()
 
-    expected, gradient = jax.value_and_grad(by_hand)(params)
+    expected, gradient = jax.jit(jax.value_and_grad(by_hand))(params)
     for fused in (True, False):
         objective = next_token(model, fused=fused, chunk=2)
         loss = lambda p: objective(p, None, batch, None)  # noqa: B023, E731
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         np.testing.assert_allclose(metrics["loss"].value, expected, rtol=1e-6)
         assert metrics["tokens"].total == 7
@@ -64,7 +65,7 @@ def test_next_token_by_hand(batch, key, tied):
 
 def test_micro_batches_add_up(batch, key):
     model = tiny(True)
-    params, objective = decoder.init(model, key), next_token(model)
+    params, objective = INIT(model, key), jax.jit(next_token(model))
     whole, metrics = objective(params, None, batch, None)
     parts = [
         objective(params, None, {k: v[i : i + 1] for k, v in batch.items()}, None) for i in range(B)
@@ -76,7 +77,7 @@ def test_micro_batches_add_up(batch, key):
 
 def test_penalty_adds_and_reports(batch, key):
     model = tiny(True)
-    params, base = decoder.init(model, key), next_token(model)
+    params, base = INIT(model, key), jax.jit(next_token(model))
 
     def pull(params, context, rng):
         value = sum(((p - q) ** 2).sum() for p, q in zip(*map(jax.tree.leaves, (params, context))))  # noqa: B905

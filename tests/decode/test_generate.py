@@ -26,7 +26,9 @@ def model():
 @pytest.fixture(scope="module")
 def params(model):
     """Large weights, so that the choices are far from ties."""
-    return jax.tree.map(lambda x: 6 * x, decoder.init(model, jax.random.key(1)))
+    return jax.tree.map(
+        lambda x: 6 * x, jax.jit(decoder.init, static_argnums=0)(model, jax.random.key(1))
+    )
 
 
 @pytest.fixture(scope="module")

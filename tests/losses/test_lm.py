@@ -74,8 +74,10 @@ def test_plain_against_numpy(batch):
     np.testing.assert_allclose(value, smooth, rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4, 11, 64])
-@pytest.mark.parametrize("terms", [{}, {"z_loss": 0.01, "label_smoothing": 0.1}])
+BOTH = {"z_loss": 0.01, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("chunk,terms", [(None, {}), (1, {}), (4, BOTH), (11, {}), (64, BOTH)])
 def test_fused_equals_plain(batch, chunk, terms):
     params, hidden, targets, weights = batch
 

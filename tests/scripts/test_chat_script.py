@@ -29,7 +29,9 @@ class Bytes:
 def parts():
     block = decoder.Block(Attention(heads=2, kv_heads=2, head_size=8), GatedMlp(32))
     model = decoder.Decoder(decoder.DecoderConfig(256, 16, (decoder.Stack(1, (block,)),), 96))
-    params = jax.tree.map(lambda x: 6 * x, decoder.init(model, jax.random.key(1)))
+    params = jax.tree.map(
+        lambda x: 6 * x, jax.jit(decoder.init, static_argnums=0)(model, jax.random.key(1))
+    )
     params = lora.add(params, r".*/(v|o|up|down)/kernel", jax.random.key(2), rank=2)
     loud = partial(jax.random.normal, jax.random.key(3))
     return model, map_named(lambda p, x: 3 * loud(x.shape) if p.endswith("/b") else x, params)
