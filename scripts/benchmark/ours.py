@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from scripts.benchmark.worker import Repeat, seconds, serve
 
 Work = dict[str, Any]
 LIBRARIES = ("jax", "jaxlib", "flax", "optax")
+ADAPTER = ((lora.TRAINABLE, True), (r".*", False))
 
 
 def load(work: Work) -> tuple[Decoder, Params]:
@@ -78,18 +80,16 @@ def prefill(work: Work) -> tuple[dict[str, Any], Repeat]:
 
 
 def full(work: Work) -> tuple[dict[str, Any], Repeat]:
-    model, params = load(work)
-    return training(model, params, r".*", [whole_batch(work["batch"])])
+    return training(work, [whole_batch(work["batch"])], r".*")
 
 
 def adapter(work: Work) -> tuple[dict[str, Any], Repeat]:
-    return adapted(work, [whole_batch(work["batch"])])
+    return training(work, [whole_batch(work["batch"])], ADAPTER, with_lora)
 
 
 def rows(work: Work) -> tuple[dict[str, Any], Repeat]:
     """One repetition is all chosen rows once, packed."""
-    done = adapted(work, packed_batches(work))
-    check, repeat = done
+    check, repeat = training(work, packed_batches(work), ADAPTER, with_lora)
 
     def counted() -> dict[str, Any]:
         reply = repeat()
@@ -98,17 +98,16 @@ def rows(work: Work) -> tuple[dict[str, Any], Repeat]:
     return check, counted
 
 
-def adapted(work: Work, batches: list[Batch]) -> tuple[dict[str, Any], Repeat]:
-    model, params = load(work)
-    params = lora.add(params, r"stack_0/.*/kernel", jax.random.key(0), RANK, RANK)
-    return training(model, params, ((lora.TRAINABLE, True), (r".*", False)), batches)
+def with_lora(params: Params) -> Params:
+    return lora.add(params, r"stack_0/.*/kernel", jax.random.key(0), RANK, RANK)
 
 
 def training(
-    model: Decoder, params: Params, rule: Any, batches: list[Batch]
+    work: Work, batches: list[Batch], rule: Any, adapt: Callable[[Params], Params] | None = None
 ) -> tuple[dict[str, Any], Repeat]:
     """A repetition is one optimizer step for each batch. Check: the loss before the first step."""
-    trainable, frozen = partition(params, rule)
+    model, params = load(work)
+    trainable, frozen = partition(params if adapt is None else adapt(params), rule)
     adamw = optimizer(AdamW(lr=1e-5, weight_decay=0.01, clip_norm=None), trainable)
     step = make_step(next_token(model), adamw)
     state = initial_state(trainable, adamw, jax.random.key(0))
