@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.sft_smollm2 import load
+from research import hub
 from research.data import corpora, packing, shuffle, source, supervised
+from research.hub.download import smollm2
 from research.objectives import next_token, states
 from research.runs import main, param, product, results
 from research.train.loop import Training, fit
@@ -91,7 +92,7 @@ def accuracy(
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    pretrained = load()
+    pretrained = hub.load(smollm2())
     model = pretrained.model
     train, test, labels = tables(config, pretrained.tokenizer)
     rng = jax.random.fold_in(jax.random.key(config.seed), 1)

@@ -23,7 +23,6 @@ from research.data import corpora, packing, source
 from research.decode.generate import generate
 from research.decode.sampling import Sampling
 from research.evaluate import nll
-from research.kernels.select import attend_auto
 from research.models import decoder
 from research.models.families import llama
 from research.objectives import next_token
@@ -96,7 +95,6 @@ def model_of(config: Config) -> decoder.Decoder:
             config.ffn,
             max_length=1024,
             tied=True,
-            attend=attend_auto,
         )
     )
 

@@ -27,7 +27,6 @@ from research.decode.generate import generate
 from research.decode.sampling import Sampling
 from research.evaluate import choice, nll
 from research.hub.download import smollm2
-from research.kernels.select import attend_auto
 from research.objectives import next_token
 from research.runs import chain, main
 from research.tokenize import chat
@@ -38,7 +37,6 @@ from research.types import Params
 from research.weights import lora
 
 SPLIT_SEED = 0  # of the held-out rows: the same ones whatever the run's seed
-PERPLEXITY_AT_MOST = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +69,6 @@ class Config:
     eval_every: int | None = 40
     save_every: int = 10
     seed: int = 0
-
-
-def load() -> hub.Pretrained:
-    """The real model, with the attention kernel that suits each shape."""
-    base = hub.load(smollm2())
-    model = base.model.clone(config=dataclasses.replace(base.model.config, attend=attend_auto))
-    return dataclasses.replace(base, model=model)
 
 
 def split(config: Config, tokenizer: Any) -> tuple[packing.Table, packing.Table, list[str]]:
@@ -155,7 +146,7 @@ def adapted(config: Config, params: Params) -> tuple[Params, Any]:
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    base = load()
+    base = hub.load(smollm2())
     train, held_out, asked = split(config, base.tokenizer)
     print("measuring the base model", flush=True)
     before = once(directory / "before.json", lambda: measure(base, config, held_out))

@@ -1,11 +1,13 @@
-"""Kernels by name, and the default that picks one from the shapes alone.
+"""Kernels by name, and the default that picks one from the backend and the shapes alone.
 
-The choice is made while tracing and depends on nothing but T and S, so that it can be reported
-(`kernel_name`) and never changes behind a run's back. The thresholds were measured on a CPU with
-`scripts/bench_attention.py`.
+The choice is made while tracing and depends on nothing but the backend, T and S, so that it can be
+reported (`kernel_name`) and never changes behind a run's back. The thresholds were measured on a
+CPU with `scripts/bench_attention.py`.
 """
 
 from __future__ import annotations
+
+import jax
 
 from research.kernels.attend import Attend, reference
 from research.kernels.blockwise import blockwise
@@ -19,9 +21,13 @@ FEW_QUERIES = 16
 FEW_KEYS = 64
 
 
-def kernel_name(T: int, S: int) -> str:
-    """The kernel `attend_auto` uses for T queries and S keys: 'reference' or 'blockwise'."""
-    return "reference" if T < FEW_QUERIES or S < FEW_KEYS else "blockwise"
+def kernel_name(T: int, S: int, backend: str | None = None) -> str:
+    """The kernel `attend_auto` uses for T queries and S keys: 'reference' or 'blockwise'.
+
+    `backend` is JAX's default one when None. The loops of `blockwise` suit a CPU only.
+    """
+    small = T < FEW_QUERIES or S < FEW_KEYS
+    return "reference" if small or (backend or jax.default_backend()) != "cpu" else "blockwise"
 
 
 def attend_auto(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None) -> Array:

@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from research.kernels.attend import Attend, reference
 from research.kernels.mask import Mask
+from research.kernels.select import attend_auto
 from research.models.attention import Attention, Cache, Inputs, LayerCache
 from research.models.layers import Embedding, RMSNorm
 from research.models.position import NoPosition, Rope
@@ -78,7 +79,7 @@ class DecoderConfig:
     final_norm: nn.Module | None = RMSNorm()
     head: nn.Module | None = None
     dtype: Any = jnp.float32
-    attend: Attend = reference
+    attend: Attend = attend_auto
     scan: bool = True
     remat: Callable[..., bool] | str | None = None  # None, "full", or a jax.checkpoint policy
     init_std: float = 0.02

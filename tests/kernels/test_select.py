@@ -14,6 +14,7 @@ def test_decoding_takes_the_reference_and_training_does_not():
     assert kernel_name(1, 4096) == "reference"
     assert kernel_name(8, 8) == "reference"
     assert kernel_name(256, 256) == kernel_name(2048, 2048) == "blockwise"
+    assert kernel_name(2048, 2048, backend="gpu") == "reference"
 
 
 @pytest.mark.parametrize("T", [1, 64])
