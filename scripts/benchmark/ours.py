@@ -7,7 +7,6 @@ Nothing here is faster than what a user gets: `generate`, and `make_step` with t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from research.data import packing, source
 from research.data.supervised import Example, shift
 from research.decode.generate import Generation, generate
 from research.decode.sampling import Sampling
-from research.kernels.select import attend_auto
 from research.models.decoder import Decoder, unstack
 from research.objectives import next_token
 from research.train.optim import AdamW, optimizer
@@ -42,8 +40,7 @@ ADAPTER = ((lora.TRAINABLE, True), (r".*", False))
 
 def load(work: Work) -> tuple[Decoder, Params]:
     base = hub.load(work["model"])
-    config = dataclasses.replace(base.model.config, attend=attend_auto)
-    return base.model.clone(config=config), base.params
+    return base.model, base.params
 
 
 def decode(work: Work, rows: int) -> tuple[dict[str, Any], Repeat]:
