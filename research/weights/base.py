@@ -40,12 +40,12 @@ class Weight(nn.meta.AxisMetadata):
         raise NotImplementedError(f"{type(self).__name__} must say which matrix it denotes")
 
     def matmul(self, x: Array, call: Call) -> Array:
-        """x [..., in] -> [..., out]. The dense form is rebuilt, not kept, for the backward pass."""
+        """x [M, in] -> [M, out]. The dense form is rebuilt, not kept, for the backward pass."""
         product = jax.checkpoint(lambda w, x: x @ w.dense().astype(x.dtype), prevent_cse=False)
         return product(self, x)
 
     def matmul_transposed(self, x: Array, call: Call) -> Array:
-        """x [..., out] -> [..., in]: multiplication by Wᵀ, for a tied output head."""
+        """x [M, out] -> [M, in]: multiplication by Wᵀ, for a tied output head."""
         product = jax.checkpoint(lambda w, x: x @ w.dense().astype(x.dtype).T, prevent_cse=False)
         return product(self, x)
 
@@ -76,13 +76,21 @@ def is_weight(node: Any) -> bool:
 
 
 def matmul(x: Array, w: Array | Weight, call: Call = EVALUATE) -> Array:
-    """x [..., in] times w [in, out]: the one place where a matrix's representation is looked at."""
-    return w.matmul(x, call) if is_weight(w) else x @ w.astype(x.dtype)
+    """x [..., in] times w [in, out]: the one place where a matrix's representation is looked at.
+
+    The leading axes are one while multiplying: XLA's CPU backend takes up to twice as long for the
+    gradient of a matrix that contracts several axes, and other backends do not care.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = w.matmul(rows, call) if is_weight(w) else rows @ w.astype(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def matmul_transposed(x: Array, w: Array | Weight, call: Call = EVALUATE) -> Array:
     """x [..., out] times wᵀ, w [in, out]."""
-    return w.matmul_transposed(x, call) if is_weight(w) else x @ w.astype(x.dtype).T
+    rows = x.reshape(-1, x.shape[-1])
+    y = w.matmul_transposed(rows, call) if is_weight(w) else rows @ w.astype(x.dtype).T
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def take(w: Array | Weight, ids: Array, call: Call = EVALUATE) -> Array:
