@@ -26,6 +26,7 @@ from research.data import corpora, packing, shuffle, source, supervised
 from research.hub.download import smollm2
 from research.objectives import next_token, states
 from research.runs import main, param, product, results
+from research.runs.canonical import to_json
 from research.train.loop import Training, fit
 from research.train.optim import AdamW
 from research.train.schedules import Cosine
@@ -47,11 +48,11 @@ class Config:
     scale: float = 2.0
     lr: float = 1e-3
     warmup_steps: int = 4
-    steps: int = 36
+    steps: int = 24
     batch_size: int = 2
     length: int = 256
-    train: int = 400
-    test: int = 400
+    train: int = 320
+    test: int = 320
     seed: int = 0
 
 
@@ -103,8 +104,9 @@ def run(config: Config, directory: Path) -> dict[str, float]:
         source.supervised_source(train, config.batch_size, config.seed),
         params,
         AdamW(Cosine(config.lr, config.steps, config.warmup_steps), weight_decay=0.0),
-        Training(config.steps, seed=config.seed),
+        Training(config.steps, log_every=4, save_every=12, seed=config.seed, directory=directory),
         rule=((lora.TRAINABLE, True), (r".*", False)),
+        identity=config,
     )
     trained = sum(leaf.size for leaf in jax.tree.leaves(fitted.state.trainable))
     score = accuracy(model, fitted.params, test, labels, config.batch_size)
@@ -112,13 +114,22 @@ def run(config: Config, directory: Path) -> dict[str, float]:
 
 
 def cells(rows: list[results.Row]) -> dict[tuple[str, int], results.Statistic]:
-    """Accuracy by (targets, rank), over seeds."""
+    """Accuracy by (targets, rank), over seeds; of the sweep's runs, not of others beside them."""
     names = {rule: name for name, rule in TARGETS.items()}
+    varied = {"targets", "rank", "seed"}
+
+    def fixed(config: dict) -> dict:
+        return {name: value for name, value in config.items() if name not in varied}
+
+    swept = [
+        row
+        for row in rows
+        if fixed(row["config"]) == fixed(to_json(BASE)) and row["config"]["targets"] in names
+    ]
+    configs = [(group.rows[0]["config"], group) for group in results.groups(swept)]
     return {
-        (names[group.rows[0]["config"]["targets"]], group.rows[0]["config"]["rank"]): (
-            group.statistic("accuracy")
-        )
-        for group in results.groups(rows)
+        (names[config["targets"]], config["rank"]): group.statistic("accuracy")
+        for config, group in configs
     }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Config:
     ffn: int = 512
     length: int = 256
     batch_size: int = 16
-    steps: int = 420
+    steps: int = 400
     lr: float = 2e-3
     warmup_steps: int = 40
     weight_decay: float = 0.1
@@ -72,10 +73,12 @@ def split(config: Config) -> tuple[list[str], list[str]]:
 
 def tokenizer_of(config: Config, texts: list[str], directory: Path) -> Tokenizer:
     """The run's tokenizer: trained at first, read from the run's directory after that."""
-    place = directory / "tokenizer"
+    place, unfinished = directory / "tokenizer", directory / "tokenizer.partial"
     if not place.exists():
+        shutil.rmtree(unfinished, ignore_errors=True)
         trained = train_bpe(texts, config.vocab_size, (END,), bos=END, eos=END, pad=END)
-        trained.save(place)
+        trained.save(unfinished)
+        unfinished.rename(place)
     return Tokenizer.from_directory(place)
 
 
@@ -100,13 +103,14 @@ def model_of(config: Config) -> decoder.Decoder:
 
 
 def likelihood(config: Config, model: Any, params: Any, held_out: Any) -> dict[str, float]:
-    """Over the first windows of the held-out stream."""
+    """Over evenly spaced windows of the held-out stream, so that every text has its share."""
     tokens, tokenizer = held_out
     count = packing.windows(len(tokens), config.length)
     windows = min(config.eval_batches * config.batch_size, count)
-    rows = [packing.stream_row(tokens, i, config.length) for i in range(windows)]
+    chosen = [i * count // windows for i in range(windows)]
+    rows = [packing.stream_row(tokens, i, config.length) for i in chosen]
     table = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    text = tokenizer.decode(table["targets"].reshape(-1).tolist(), skip_special=False)
+    text = tokenizer.decode(table["targets"].reshape(-1).tolist())  # ends stand for no text
     batches = packing.batches(table, config.batch_size)
     found = nll.held_out(model, params, batches, byte_count=len(text.encode()))
     return {"nll": found.per_token, "bits_per_byte": found.bits_per_byte}
@@ -121,6 +125,7 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     size = decoder.count_parameters(model)
     print(f"  {size:,} parameters, {len(tokens):,} tokens to train on", flush=True)
     schedule = Cosine(config.lr, config.steps, config.warmup_steps, end=0.1 * config.lr)
+    before = likelihood(config, model, params, held_out)
     fitted = fit(
         next_token(model),
         source.pretraining_source(tokens, config.length, config.batch_size, config.seed),
@@ -140,7 +145,6 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     trained = hub.Pretrained(model, fitted.params, tokenizer, described)
     hub.save(directory / "model", trained)
     samples(config, trained, directory)
-    before = likelihood(config, model, params, held_out)
     return (
         {f"before/{name}": value for name, value in before.items()}
         | {f"after/{name}": value for name, value in fitted.evaluation.items()}

@@ -1,4 +1,4 @@
-"""LoRA against its algebra; `tests/weights/test_lora_peft.py` holds it against peft's numbers."""
+"""LoRA against its algebra; `tests/hub/test_peft.py` holds it against peft's numbers."""
 
 import jax
 import jax.numpy as jnp
