@@ -48,11 +48,11 @@ class Config:
     scale: float = 2.0
     lr: float = 1e-3
     warmup_steps: int = 4
-    steps: int = 24
+    steps: int = 20
     batch_size: int = 2
     length: int = 256
     train: int = 320
-    test: int = 320
+    test: int = 256
     seed: int = 0
 
 
@@ -165,7 +165,7 @@ def figure(rows: list[results.Row]) -> Figure:
 
 BASE = Config()
 SWEEP = product(
-    param("targets", *TARGETS.values()), param("rank", 1, 2, 4, 8, 64), param("seed", 0, 1)
+    param("seed", 0, 1), param("targets", *TARGETS.values()), param("rank", 1, 2, 4, 8, 64)
 )
 SMOKE = {
     "steps": 2,
