@@ -3,21 +3,26 @@
 DIRECTORY/identity.json    what decides the course of the run; another run is refused
 DIRECTORY/metrics.jsonl    see metrics.py
 DIRECTORY/checkpoints/     see checkpoint.py
+DIRECTORY/.lock            held by the process that runs in it, see lock.py
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.paths import named_leaves
 from research.train import checkpoint, retention
 from research.train.checkpoint import CheckpointError
+from research.train.lock import Lock
 from research.train.metrics import MetricsLog, Row
 from research.train.retention import Best
 from research.train.state import TrainState
@@ -42,8 +47,14 @@ class RunDirectory:
     """Checkpoints and metrics of one run on disk."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any], keep: int, keep_best: Best | None):
-        """Raises OtherRunError when the directory belongs to a run with another `identity`."""
-        claim(path, identity)
+        """Raises OtherRunError when the directory belongs to a run with another `identity`,
+        InUseError when another process is running in it."""
+        self._lock = Lock(path)
+        try:
+            claim(path, identity)
+        except BaseException:
+            self._lock.release()
+            raise
         self._path, self._best = path, keep_best
         self._checkpoints = path / "checkpoints"
         self._saver = checkpoint.BackgroundSaver(self._checkpoints, keep, keep_best)
@@ -93,9 +104,13 @@ class RunDirectory:
         return f"saved in {self._path}"
 
     def close(self) -> None:
+        """Wait for the last save and let others in. Raises the error of that save."""
         if self._log is not None:
             self._log.close()
-        self._saver.wait()
+        try:
+            self._saver.wait()
+        finally:
+            self._lock.release()
 
 
 class Nowhere:
@@ -122,14 +137,18 @@ class Nowhere:
 def claim(directory: Path, identity: Mapping[str, Any]) -> None:
     """Write `identity` (plain JSON values) to identity.json, or compare it with the one that is there.
 
+    While there is no checkpoint there is no run to protect: a first step that failed must not keep
+    out the corrected config, so the identity is written anew and the metrics start afresh.
+
     Raises OtherRunError naming the fields that differ, CheckpointError when the file is unreadable.
     """
     path = directory / "identity.json"
     wanted = json.loads(json.dumps(identity, sort_keys=True))
-    if path.exists():
+    if path.exists() and _has_checkpoints(directory / "checkpoints"):
         _require_equal(directory, _read(path), wanted)
         return
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "metrics.jsonl").unlink(missing_ok=True)
     partial = path.with_name(".identity.json.partial")
     partial.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
     partial.replace(path)
@@ -138,6 +157,26 @@ def claim(directory: Path, identity: Mapping[str, Any]) -> None:
 def shapes(params: PyTree) -> dict[str, str]:
     """{path: 'float32[2, 3]'}: what a resumed run must find again."""
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named_leaves(params)}
+
+
+def digests(params: PyTree) -> dict[str, str]:
+    """{path: 'float32[2, 3] 64 bits of the sha256 of its bytes'}: `shapes`, and the same values."""
+    return {
+        name: f"{shape} {_sha256(leaf)[:16]}"
+        for (name, leaf), shape in zip(named_leaves(params), shapes(params).values(), strict=True)
+    }
+
+
+def _sha256(leaf: Any) -> str:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    flat = np.ascontiguousarray(leaf).reshape(-1)
+    return hashlib.sha256(flat.view(np.uint8)).hexdigest()  # bfloat16 has no buffer of its own
+
+
+def _has_checkpoints(directory: Path) -> bool:
+    """Whether any was ever finished here; one that was put aside as damaged counts."""
+    return bool(retention.steps(directory)) or any(directory.glob("damaged_step_*"))
 
 
 def _progress(restored: checkpoint.Restored) -> Progress:

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite stops the run and says where it went wrong."""
+"""A loss, gradient or update that is not finite stops the run and says where it went wrong."""
 
 from __future__ import annotations
 
@@ -53,9 +53,12 @@ def diagnose(
         "batch": bad_leaves(batch),
     }
     where = "; ".join(f"{kind}: {_listed(names)}" for kind, names in found.items() if names)
+    if not where:
+        norms = set(wrong) - {"update_norm"}
+        where = "no leaf (a norm overflowed)" if norms else "the optimizer's update alone"
     values = ", ".join(f"{name} = {value}" for name, value in wrong.items())
     return NonFiniteError(
-        f"step {int(state.step)}: {values}. Not finite in {where or 'no leaf (a norm overflowed)'}. "
+        f"step {int(state.step)}: {values}. Not finite in {where}. "
         f"Batch: {describe_batch(batch)}. The state before this step is unharmed"
     )
 

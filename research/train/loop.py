@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 from research.runs.canonical import to_json
-from research.train.directory import Nowhere, Progress, RunDirectory, shapes
+from research.train.directory import Nowhere, Progress, RunDirectory, digests, shapes
 from research.train.finite import diagnose, wrong_values
 from research.train.interrupt import Interrupted, StopRequest
 from research.train.metrics import Meter, ProgressBar
@@ -93,44 +93,48 @@ def fit(
     evaluate: Evaluate | None = None,
     mesh: Mesh | None = None,
     names: PyTree | None = None,
+    units: Mapping[str, int] | None = None,
     identity: Any = None,
 ) -> Fitted:
     """Train the leaves of `params` that `rule` selects; the caller's arrays are left as they are.
 
     `identity` is whatever else decides the course of the run (model, data): a config of plain
-    values. With the seed, accumulation, optimizer, rule and shapes it is written to the directory,
-    and a directory of another run is refused. `mesh` shards the batch over data and fsdp, and the
-    parameters as `names` says, or as they already are when there are no names. What a Source gets
-    as params is donated by the step that follows: it must not keep them.
+    values. With the seed, accumulation, optimizer, rule, shapes and a hash of every frozen leaf it is
+    written to the directory, and a directory with checkpoints of another run is refused. (What the
+    trained leaves start from and what `context` holds is not hashed.)
 
-    Raises NonFiniteError when a loss or gradient is not finite, CheckpointError when a checkpoint
-    cannot be written or none can be read, OtherRunError for another run's directory, Interrupted
-    after a SIGTERM or SIGINT, with the state saved.
+    `mesh` shards the batch over data and fsdp, and the parameters as `names` says, split in whole
+    `units` ({"heads": H}; see `shardings`), or as they already are when there are no names. What a
+    Source gets as params is donated by the step that follows: it must not keep them.
+
+    Raises NonFiniteError when a loss, gradient or update is not finite, CheckpointError when a checkpoint
+    cannot be written or none can be read, OtherRunError for another run's directory,
+    InUseError when another process is running in it, Interrupted after a SIGTERM or SIGINT, with the state saved.
     """
     if config.keep_best is not None and evaluate is None:
         raise ValueError("Training.keep_best needs an `evaluate`")
-    trainable, frozen, context = place(params, context, names, rule, mesh)
+    trainable, frozen, context = place(params, context, rule, mesh, names, units)
     update = optimizer
     if isinstance(optimizer, Optimizer):
         update = make_optimizer(optimizer, trainable)
     state = start(trainable, update, source, config.seed, config.ema_decay is not None, mesh)
-    records = _records(config, _identity(config, optimizer, rule, trainable, frozen, identity))
     homes = None if mesh is None else sharding_of(state.replace(source_state=None))
+    step = make_step(objective, update, config.accumulate, config.ema_decay, mesh, homes)
     parts = _Parts(
         objective=objective,
         source=source,
         config=config,
         evaluate=evaluate,
         mesh=mesh,
-        step=make_step(objective, update, config.accumulate, config.ema_decay, mesh, homes),
+        step=step,
         frozen=frozen,
         context=context,
-        records=records,
+        records=_records(config, optimizer, rule, trainable, frozen, identity),
     )
     try:
         return _train(parts, state)
     finally:
-        records.close()
+        parts.records.close()
 
 
 @dataclass(frozen=True)
@@ -234,9 +238,10 @@ def _fitted(parts: _Parts, now: Progress, evaluation: dict[str, float] | None) -
     return Fitted(combine(state.trainable, parts.frozen), ema, state, evaluation or {})
 
 
-def _records(config: Training, identity: dict[str, Any]) -> RunDirectory | Nowhere:
+def _records(config: Training, *decisive: Any) -> RunDirectory | Nowhere:
     if config.directory is None:
         return Nowhere()
+    identity = _identity(config, *decisive)  # hashes the frozen leaves: only where it is kept
     return RunDirectory(Path(config.directory), identity, config.keep, config.keep_best)
 
 
@@ -253,6 +258,6 @@ def _identity(config: Training, optimizer, rule, trainable, frozen, identity) ->
         "optimizer": to_json(optimizer) if ours else "an optax transformation",
         "rule": to_json(rule),
         "trainable": shapes(trainable),
-        "frozen": shapes(frozen),
+        "frozen": digests(frozen),
         "identity": to_json(identity),
     }

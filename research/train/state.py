@@ -11,6 +11,9 @@ from flax import struct
 
 from research.types import Array, Params, PyTree
 
+# Training draws from a stream of its own: an experiment that folds small numbers into the key of
+# the same seed, to initialise or to adapt a model, never meets the key of a micro-batch.
+_TRAINING_STREAM = 0x7261_696E
 # The Source draws from a stream that no micro-batch uses.
 _SOURCE_STREAM = 2**31 - 1
 
@@ -21,7 +24,7 @@ class TrainState:
     trainable      parameters, `None` where frozen
     opt_state      of the optimizer, for the trainable leaves only
     source_state   whatever the Source needs to go on: data position, rollout buffer, ...
-    rng            the seed key; it never changes, steps are folded into it
+    rng            training's key of the seed; it never changes, steps are folded into it
     ema            moving average of `trainable` in float32, or None
     """
 
@@ -54,6 +57,11 @@ def initial_state(
     )
 
 
+def training_rng(seed: int) -> Array:
+    """The key of a run, from which all others are folded."""
+    return jax.random.fold_in(jax.random.key(seed), _TRAINING_STREAM)
+
+
 def micro_rng(rng: Array, step: Array, micro: Array) -> Array:
     """The key of one micro-batch of one step."""
     return jax.random.fold_in(jax.random.fold_in(rng, step), micro)
@@ -62,3 +70,8 @@ def micro_rng(rng: Array, step: Array, micro: Array) -> Array:
 def source_rng(rng: Array, step: int) -> Array:
     """The key the Source gets when it makes the batch of `step`."""
     return jax.random.fold_in(jax.random.fold_in(rng, step), _SOURCE_STREAM)
+
+
+def source_init_rng(rng: Array) -> Array:
+    """The key the Source gets for its first state; no step's key is the same."""
+    return jax.random.fold_in(rng, _SOURCE_STREAM)

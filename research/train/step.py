@@ -41,8 +41,8 @@ def make_step(
     Metrics are the objective's, added over micro-batches, and objective (what is differentiated),
     grad_norm (before clipping), update_norm, param_norm, lr, and input_tokens (without padding)
     where the batch has `tokens`. `loss` is the objective's own metric of that name when it reports
-    one, else the same as objective. When objective or grad_norm is not finite, the state that comes
-    back is the state that went in.
+    one, else the same as objective. When objective, grad_norm or update_norm is not finite, the
+    state that comes back is the state that went in.
 
     An optimizer that accepts extra arguments receives value, grad, step, rng, frozen, context,
     batch. `shardings` (of the state, source state left out) pins where results live on `mesh`.
@@ -64,7 +64,9 @@ def make_step(
             ema=_moving_average(state.ema, trainable, ema_decay),
         )
         ours = _step_metrics(loss, grads, updates, trainable, opt_state, batch)
-        finite = jnp.isfinite(loss) & jnp.isfinite(ours["grad_norm"].total)
+        finite = jnp.isfinite(loss)
+        for name in ("grad_norm", "update_norm"):
+            finite &= jnp.isfinite(ours[name].total)
         return _keep_if(finite, moved, state), _merge_metrics(metrics, ours)
 
     results = None if shardings is None else (shardings.replace(source_state=None), None)

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import signal
@@ -5,6 +6,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from perceptron import assert_bitwise, factored, objective, params, predict, rows, source
 
@@ -13,10 +15,12 @@ from research.train.checkpoint import CheckpointError
 from research.train.directory import OtherRunError
 from research.train.finite import NonFiniteError
 from research.train.interrupt import Interrupted
+from research.train.lock import InUseError
 from research.train.loop import Training, fit
 from research.train.metrics import read
 from research.train.optim import SGD, AdamW
 from research.train.retention import Best
+from research.train.state import micro_rng
 from research.types import Source
 
 
@@ -102,13 +106,14 @@ def test_another_config_is_refused(tmp_path):
         quick(2, tmp_path)
 
 
-def test_a_damaged_newest_checkpoint_costs_steps_but_not_the_result(tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_a_damaged_newest_checkpoint_costs_steps_but_not_the_result(tmp_path, capsys, damage):
     whole = quick(6, tmp_path)
     newest = tmp_path / "checkpoints" / "step_00000006"
     victim = max((path for path in newest.rglob("*") if path.is_file()), key=os.path.getsize)
     raw = bytearray(victim.read_bytes())
     raw[-3] ^= 1
-    victim.write_bytes(raw)
+    victim.write_bytes(raw if damage == "flipped" else raw[: len(raw) // 2])
     again = quick(6, tmp_path)
     said = capsys.readouterr().out
     assert "step_00000006 is damaged" in said and "resumed from step 4" in said
@@ -190,3 +195,64 @@ def test_training_says_what_is_wrong_with_it():
         Training(steps=1, save_every=3)
     with pytest.raises(ValueError, match="needs an `evaluate`"):
         quick(1, "unused", keep_best=Best("nll"))
+
+
+def test_a_bad_update_is_blamed_on_its_own_step():
+    def scaled(updates, count, params=None):
+        factor = jnp.where(count == 2, jnp.inf, 0.1)
+        return jax.tree.map(lambda leaf: leaf * factor, updates), count + 1
+
+    bad = optax.GradientTransformation(lambda params: jnp.int32(0), scaled)
+    with pytest.raises(NonFiniteError, match=r"^step 2: update_norm = .* the optimizer's update"):
+        quick(4, optimizer=bad)
+
+
+def test_a_first_step_that_failed_does_not_keep_out_the_corrected_config(tmp_path):
+    with pytest.raises(ValueError, match="do not split into 3"):
+        quick(2, tmp_path, accumulate=3)
+    (tmp_path / "metrics.jsonl").write_text("left over\n")
+    assert_bitwise(quick(2, tmp_path, accumulate=2).state, quick(2, accumulate=2).state)
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [2]
+    with pytest.raises(OtherRunError, match=r"training.accumulate: 2 there, 3 now"):
+        quick(2, tmp_path, accumulate=3)
+
+
+def test_another_base_is_refused(tmp_path):
+    def run(tree):
+        config = Training(steps=1, directory=tmp_path)
+        fit(objective, source(), tree, SGD(0.1), config, rule=r".*/kernel/(a|b)")
+
+    run(factored())
+    tree = factored()
+    run(tree)
+    bias = tree["hidden"]["bias"].astype(jnp.float32).at[3].set(1e-30)
+    tree["hidden"]["bias"] = bias
+    with pytest.raises(OtherRunError, match=r"config \(frozen\.hidden/bias: [^;]*\)"):
+        run(tree)
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    quick(2, tmp_path)
+    with (tmp_path / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InUseError, match=f"in use by another run .process {os.getpid()}"):
+            quick(4, tmp_path)
+    quick(4, tmp_path)
+
+
+def test_no_key_is_used_twice():
+    keys = []
+
+    def init(rng):
+        keys.append(rng)
+        return source().init(rng)
+
+    def next_batch(state, params, context, rng, last_metrics):
+        keys.append(rng)
+        return source().next(state, params, context, rng, last_metrics)
+
+    rng = quick(3, source=Source(init, next_batch)).state.rng
+    keys += [micro_rng(rng, step, micro) for step in range(4) for micro in range(4)]
+    fold = jax.random.fold_in  # as experiments make the keys of adapters and models
+    keys += [fold(fold(jax.random.key(0), 1), index) for index in range(4)]
+    assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == 1 + 3 + 16 + 4

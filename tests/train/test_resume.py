@@ -34,6 +34,7 @@ def test_killed_at_a_random_step_ends_bitwise_the_same(tmp_path):
     never = 10_000
     for accumulate in (1, 4):
         kill_at = random.randrange(7, 14)  # from 7 on, the save of step 3 is surely complete
+        print(f"accumulation {accumulate}: killed at step {kill_at}")  # shown on failure
         killed = run_script(tmp_path / f"killed_{accumulate}", accumulate, kill_at)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     triples = [

@@ -182,3 +182,13 @@ def test_runs_without_jit(key):
         state = initial_state(trainable, update, key)
         state, metrics = make_step(objective, update, accumulate=2)(state, frozen, None, rows(0, 0))
     assert int(state.step) == 1 and np.isfinite(float(metrics["loss"].value))
+
+
+def test_a_bad_update_of_a_good_gradient_leaves_the_state_as_it_was(key):
+    bad = optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: leaf * np.inf, updates))
+    trainable, frozen = partition(params(), ".*")
+    state = initial_state(trainable, bad, key)
+    before = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    state, metrics = make_step(objective, bad)(state, frozen, None, rows(0, 0))
+    assert np.isfinite(float(metrics["grad_norm"].value))
+    assert_bitwise(state, before)
