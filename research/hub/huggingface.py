@@ -22,6 +22,7 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = ("F16", "BF16", "F32", "F64")
 SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 
 
@@ -40,6 +41,7 @@ def open_directory(path: str | Path) -> Checkpoint:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                require_float(file, name, tensors)
 
     def read(name: str) -> np.ndarray:
         with opened(files[name]) as tensors:
@@ -72,6 +74,13 @@ def opened(file: Path) -> Iterator[Any]:
         yield tensors
 
 
+def require_float(file: Path, name: str, tensors: Any) -> None:
+    """CheckpointError unless the tensor's numbers are weights as they stand, not codes of some."""
+    dtype = tensors.get_slice(name).get_dtype()
+    if dtype not in FLOATS:
+        raise CheckpointError(f"{file}: {name} is of dtype {dtype}; expected one of {FLOATS}")
+
+
 def weight_files(path: Path) -> dict[str, Path]:
     """{tensor name: file}, from the index when there is one."""
     if (path / INDEX).exists():
@@ -91,6 +100,11 @@ def indexed_files(path: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: lacks the object 'weight_map'")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(
+                f"{index}: weight_map says {file!r} for {tensor}, not a file name"
+            )
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not (path / name).is_file():
             raise CheckpointError(f"{index}: names the file {name!r}, which is not in {path}")

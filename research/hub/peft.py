@@ -77,8 +77,12 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
     """{name without PEFT's prefix: array}."""
     if not file.is_file():
         raise CheckpointError(f"{file}: there is no such file")
+    found = {}
     with huggingface.opened(file) as tensors:
-        return {name.removeprefix(PREFIX): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            huggingface.require_float(file, name, tensors)
+            found[name.removeprefix(PREFIX)] = tensors.get_tensor(name)
+    return found
 
 
 def factor_names(entry: Entry, layer: int | None) -> tuple[str, str]:

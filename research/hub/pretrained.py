@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from research.hub import huggingface
 from research.hub.assemble import assemble, disassemble
 from research.hub.checkpoint import Checkpoint, CheckpointError
+from research.hub.config_fields import require_fields
 from research.hub.gguf import open_gguf
 from research.hub.gguf_tokenizer import tokenizer_of
-from research.hub.replace import replacing
+from research.hub.replace import left_behind, replacing
 from research.models import families
 from research.models.decoder import Decoder, init
 from research.models.families.checkpoint import ConfigError
@@ -68,7 +69,9 @@ def load(path: str | Path, dtype: Any = jnp.float32) -> Pretrained:
         checkpoint, metadata = open_gguf(path)
         tokenizer, generation = tokenizer_of(path, metadata), {}
     else:
-        raise CheckpointError(f"{path}: there is no such file or directory")
+        kept = [str(p) for p in left_behind(path)]
+        hint = f"; a killed save left {kept}, which the next save puts back" if kept else ""
+        raise CheckpointError(f"{path}: there is no such file or directory{hint}")
     rows = checkpoint.config.get("vocab_size")
     if tokenizer is not None and isinstance(rows, int) and tokenizer.vocab_size > rows:
         raise CheckpointError(
@@ -79,15 +82,29 @@ def load(path: str | Path, dtype: Any = jnp.float32) -> Pretrained:
 
 
 def build(checkpoint: Checkpoint, dtype: Any) -> tuple[Decoder, Params]:
-    """The model that a checkpoint's config describes and its parameters."""
+    """The model that a checkpoint's config describes and its parameters.
+
+    CheckpointError, naming file and field, for a config that is ill-typed or contradicts itself.
+    """
+    family, model, shapes = describe(checkpoint)
+    return model, assemble(checkpoint, family.name_map(model.config), shapes, dtype)
+
+
+def describe(checkpoint: Checkpoint) -> tuple[ModuleType, Decoder, Params]:
+    """The family, the model, and the shapes of its parameters, from the config alone."""
     try:
+        require_fields(checkpoint.config)
         family = families.find(checkpoint.config)
-        config = family.from_huggingface(checkpoint.config)
+        model = Decoder(family.from_huggingface(checkpoint.config))
+        return family, model, jax.eval_shape(lambda: init(model, jax.random.key(0)))
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    model = Decoder(config)
-    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
-    return model, assemble(checkpoint, family.name_map(config), shapes, dtype)
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint.path}: config.json lacks the field {error}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json describes no model: {error}"
+        ) from error
 
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:

@@ -1,4 +1,10 @@
-"""Write a directory beside its final place, then put it there: all of it or nothing."""
+"""Write a directory beside its final place, then put it there: all of it or nothing.
+
+The guarantee is for exceptions. A process that is killed may leave `.NAME.partial-*` beside the
+place, which later saves sweep away, and, killed between the two renames of a replacement, the old
+directory as `.NAME.previous-*` with nothing at NAME: the next save puts it back first. One process
+writes to one place at a time.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,13 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from research.hub.checkpoint import CheckpointError
+
+STALE_S = 86_400  # a partial directory untouched for a day belongs to no living save
 
 
 @contextlib.contextmanager
@@ -21,6 +30,7 @@ def replacing(directory: str | Path, marker: str) -> Iterator[Path]:
     anything else is not ours to delete.
     """
     directory = Path(directory).absolute()
+    recover(directory)
     if directory.exists():
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: is a file; expected a directory or nothing")
@@ -40,6 +50,33 @@ def replacing(directory: str | Path, marker: str) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def left_behind(directory: Path) -> list[Path]:
+    """What a save killed between its renames moved out of the way of `directory`, newest last."""
+    found = [path for path in siblings(directory, "previous") if any(path.iterdir())]
+    return sorted(found, key=lambda path: path.stat().st_ctime_ns)
+
+
+def siblings(directory: Path, kind: str) -> list[Path]:
+    start = f".{directory.name}.{kind}-"
+    if not directory.parent.is_dir():
+        return []
+    return [path for path in directory.parent.iterdir() if path.name.startswith(start)]
+
+
+def recover(directory: Path) -> None:
+    """Undo what killed saves left: the old directory back in its place, their rests removed."""
+    kept = left_behind(directory)
+    if kept and not directory.exists():
+        os.rename(kept.pop(), directory)
+    if directory.exists():
+        for path in siblings(directory, "previous"):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in siblings(directory, "partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > STALE_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -5,7 +5,8 @@
     .references/venv/bin/python scripts/references/hub_fixtures.py smollm2 MODEL.gguf
 
 tiny_llama/CASE holds a model directory and expected.safetensors (logits and gradients for the
-prompts in prompts.json); adapters/CASE a PEFT adapter of the case 'gqa' and its logits. smollm2.json holds, for the prompts in it, logits at a few vocabulary
+prompts in prompts.json); adapters/CASE a PEFT adapter of the case 'gqa', its logits, and for some
+the gradients of its factors. smollm2.json holds, for the prompts in it, logits at a few vocabulary
 entries, the log-sum-exp at every position, 64 greedy tokens, and the ids of its own tokenizer.
 """
 
@@ -64,6 +65,8 @@ ADAPTERS = {
     "embeddings": dict(r=3, lora_alpha=5, target_modules=["embed_tokens", "lm_head", "down_proj"]),
 }
 
+WITH_GRADIENTS = ("attention", "embeddings")
+
 
 def make_tiny() -> None:
     for number, (name, fields) in enumerate(CASES.items()):
@@ -91,7 +94,8 @@ def make_adapters() -> None:
         config = folder / "adapter_config.json"
         config.write_text(config.read_text().replace(str(FIXTURES.parents[2]) + "/", ""))
         (folder / "README.md").unlink()
-        save_file(answer(model, {"prompts": PROMPTS}), folder / "expected.safetensors")
+        found = answer(model, {"prompts": PROMPTS, "gradients": name in WITH_GRADIENTS})
+        save_file(found, folder / "expected.safetensors")
 
 
 def make_smollm2(path: Path) -> None:

@@ -1,10 +1,12 @@
-"""Calls scripts/references/hub_logits.py in the reference environment, where there is one."""
+"""What is compared with the reference: its numbers, where it is installed, and the same loss."""
 
 import json
 import os
 import subprocess
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file
 
@@ -35,3 +37,14 @@ def ask(folder: Path, *requests: dict) -> list[dict]:
     )
     assert done.returncode == 0, done.stderr
     return [load_file(reply) for reply in replies]
+
+
+def loss(model, params, prompts):
+    """The sum over prompts of the mean next-token negative log-likelihood."""
+    total = 0.0
+    for ids in prompts:
+        ids = jnp.asarray(ids)
+        logits = model.apply({"params": params}, ids[None])[0, :-1]
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=-1)
+        total -= picked.mean()
+    return total

@@ -1,6 +1,7 @@
 """Hugging Face directories: the same numbers as transformers in, out and back, and bad input."""
 
 import json
+import os
 import resource
 import shutil
 
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hub_reference import FIXTURES, ask, needs_reference
+from hub_reference import FIXTURES, ask, loss, needs_reference
 from safetensors.numpy import load_file, save_file
 
 from research import hub
-from research.hub import CheckpointError, huggingface
+from research.hub import CheckpointError, huggingface, replace
 from research.hub.assemble import disassemble
 from research.hub.replace import replacing
 from research.models.families import llama
@@ -34,17 +35,6 @@ def copy(tmp_path):
 
 def prompts_of(case):
     return json.loads((case / "prompts.json").read_text())
-
-
-def loss(model, params, prompts):
-    """The sum over prompts of the mean next-token negative log-likelihood."""
-    total = 0.0
-    for ids in prompts:
-        ids = jnp.asarray(ids)
-        logits = model.apply({"params": params}, ids[None])[0, :-1]
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=-1)
-        total -= picked.mean()
-    return total
 
 
 def test_logits_and_gradients_equal_transformers(case):
@@ -269,3 +259,64 @@ def test_save_refuses_parameters_without_a_name(copy):
 
 def test_shards_are_cut_in_order():
     assert huggingface.shards({"a": 3, "b": 3, "c": 9, "d": 1}, 6) == [["a", "b"], ["c"], ["d"]]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"hidden_size": "16"}, r"hidden_size = '16'; expected a whole number"),
+        ({"vocab_size": None}, r"vocab_size = None; expected a whole number"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers = 0; expected a whole number above 0"),
+        ({"num_attention_heads": True}, r"num_attention_heads = True; expected"),
+        ({"head_dim": 3}, r"head_dim = 3; RoPE needs an even number"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads = 3 does not divide .* = 8"),
+        ({"head_dim": None, "hidden_size": 20}, r"num_attention_heads = 8 does not divide"),
+        ({"rms_norm_eps": "small"}, r"rms_norm_eps = 'small'; expected a number"),
+        ({"tie_word_embeddings": "no"}, r"tie_word_embeddings = 'no'; expected true or false"),
+        ({"architectures": 5}, r"architectures = 5; expected a list of names"),
+        ({"rope_parameters": []}, r"rope_parameters = \[\]; expected an object"),
+        ({"rope_parameters": {"rope_type": "linear"}}, r"lacks the field 'factor'"),
+        ({"rope_parameters": {"rope_theta": "big"}}, r"describes no model: .*'big'"),
+    ],
+)
+def test_a_config_that_is_ill_typed_or_contradicts_itself(copy, fields, message):
+    config = json.loads((copy / "config.json").read_text()) | fields
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"model: config\.json:? {message}"):
+        hub.load(copy)
+
+
+def test_index_that_maps_to_no_name(copy):
+    index = copy / "model.safetensors.index.json"
+    for value in (3, ["model.safetensors"], None):
+        index.write_text(json.dumps({"weight_map": {"a": value, "b": "model.safetensors"}}))
+        with pytest.raises(CheckpointError, match=r"index.json: weight_map says .* for a, not a"):
+            hub.load(copy)
+
+
+@pytest.mark.parametrize("dtype, called", [(np.int8, "I8"), (np.uint8, "U8"), (np.int64, "I64")])
+def test_integers_are_no_weights(copy, dtype, called):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(copy, lambda tensors: tensors.update({name: tensors[name].astype(dtype)}))
+    with pytest.raises(CheckpointError, match=rf"safetensors: {name} is of dtype {called}"):
+        hub.load(copy)
+
+
+def test_what_killed_saves_left_is_swept_and_put_back(copy):
+    loaded, parent = hub.load(copy), copy.parent
+    old, young = parent / ".model.partial-old", parent / ".model.partial-young"
+    for path in (old, young, parent / ".other.partial-old"):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    os.utime(parent / ".other.partial-old", (0, 0))
+    copy.rename(parent / ".model.previous-x")  # killed between the two renames
+    with pytest.raises(CheckpointError, match=r"no such file.*model.previous-x.*puts back"):
+        hub.load(copy)
+    with pytest.raises(RuntimeError), replace.replacing(copy, "config.json"):
+        raise RuntimeError
+    assert sorted(path.name for path in parent.iterdir()) == [
+        ".model.partial-young",
+        ".other.partial-old",
+        "model",
+    ]
+    jax.tree.map(np.testing.assert_array_equal, hub.load(copy).params, loaded.params)

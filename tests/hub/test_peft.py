@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hub_reference import FIXTURES, ask, needs_reference
+from hub_reference import FIXTURES, ask, loss, needs_reference
 from safetensors.numpy import load_file, save_file
 
 from research import hub
-from research.hub import CheckpointError
+from research.hub import CheckpointError, peft
 from research.hub.peft_config import short_name
+from research.paths import named_leaves
 from research.weights import lora
-from research.weights.base import merge
+from research.weights.base import is_weight, merge
 
 BASE = FIXTURES / "tiny_llama" / "gqa"
 ADAPTERS = ["attention", "ragged", "patterns", "embeddings"]
@@ -49,6 +50,38 @@ def test_logits_equal_peft(base, name):
         ours = loaded.logits(ids)[0]
         np.testing.assert_allclose(ours, expected[f"logits.{number}"], rtol=0, atol=1e-4)
         assert np.abs(ours - base.logits(ids)[0]).max() > 0.1
+
+
+def gradients(model, grads):
+    """{PEFT's name of a factor: its gradient}."""
+    found = {}
+    nodes = dict(named_leaves(grads, is_leaf=is_weight))
+    for path, entry in peft.adaptable(model).items():
+        if not isinstance(nodes[path], lora.LoRA):
+            continue
+        a, b = np.asarray(nodes[path].a), np.asarray(nodes[path].b)
+        for layer in peft.layers_of(entry, a.shape):
+            pair = (a, b) if layer is None else (a[layer], b[layer])
+            for name, factor in zip(peft.factor_names(entry, layer), pair, strict=True):
+                found[peft.PREFIX + name] = factor.T
+    return found
+
+
+@pytest.mark.parametrize("name", ["attention", "embeddings"])
+def test_gradients_of_the_factors_equal_peft(base, name):
+    expected = load_file(FIXTURES / "adapters" / name / "expected.safetensors")
+    loaded = hub.load_adapter(base, FIXTURES / "adapters" / name)
+    grads = jax.jit(jax.grad(lambda params: loss(loaded.model, params, PROMPTS)))(loaded.params)
+    theirs = {
+        name.removeprefix("grad.").replace(".default", ""): array
+        for name, array in expected.items()
+        if name.startswith("grad.")
+    }
+    ours = gradients(loaded, grads)
+    assert ours.keys() == theirs.keys() and len(ours) == 8
+    for name, array in theirs.items():
+        assert np.abs(array).max() > 0.01, name
+        np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -157,6 +190,10 @@ def test_missing_factor_surplus_name_and_wrong_shape(base, copy):
     (copy / "adapter_model.safetensors").write_bytes(whole)
     change_tensors(copy, lambda tensors: tensors.update(odd=np.zeros(1, np.float32)))
     with pytest.raises(CheckpointError, match=r"holds what has no place in the model: odd"):
+        hub.load_adapter(base, copy)
+    (copy / "adapter_model.safetensors").write_bytes(whole)
+    change_tensors(copy, lambda tensors: tensors.update(odd=np.zeros(1, np.int8)))
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: odd is of dtype I8"):
         hub.load_adapter(base, copy)
     (copy / "adapter_model.safetensors").write_bytes(whole)
     name = f"{FIRST}.lora_A.weight"

@@ -9,6 +9,7 @@ import pytest
 from hub_reference import FIXTURES, ask, needs_reference
 
 from research import hub
+from research.decode import Sampling, generate
 from research.hub.download import smollm2
 from research.models.decoder import empty_cache
 
@@ -84,6 +85,15 @@ def test_64_greedy_tokens_equal_transformers(loaded):
         found.append(tokens)
     found = np.concatenate(found, axis=1).tolist()
     assert found == [case["greedy"] for case in CASES.values()]
+
+
+def test_generate_on_ragged_prompts_gives_the_same_64_tokens(loaded):
+    prompts = [case["ids"] for case in CASES.values()]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    found = generate(
+        loaded.model, loaded.params, prompts, jax.random.key(0), Sampling(0.0, max_tokens=64)
+    )
+    assert found.rows() == [case["greedy"] for case in CASES.values()]
 
 
 def test_nll_of_genesis(loaded):

@@ -1,0 +1,71 @@
+"""The types and the arithmetic of a config.json, looked at before a model is made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from research.models.families.checkpoint import ConfigError
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")  # null says: as follows from the others
+NUMBERS = ("rms_norm_eps", "rope_theta")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+OBJECTS = ("rope_parameters", "rope_scaling")
+
+
+def require_fields(config: dict[str, Any]) -> None:
+    """ConfigError naming the first field whose value is of the wrong type or does not fit.
+
+    A field that is absent is none of its business: the family says which ones it needs.
+    """
+    for name in (*SIZES, *OPTIONAL_SIZES):
+        allowed = is_size(config.get(name)) or (name in OPTIONAL_SIZES and config.get(name) is None)
+        require(config, name, allowed, "a whole number above 0")
+    for name in NUMBERS:
+        require(config, name, is_number(config.get(name)) and config[name] > 0, "a number above 0")
+    for name in SWITCHES:
+        require(config, name, isinstance(config.get(name), bool | None), "true or false")
+    for name in OBJECTS:
+        require(config, name, isinstance(config.get(name), dict | None), "an object or null")
+    named = config.get("architectures")
+    strings = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    require(config, "architectures", strings, "a list of names")
+    require_heads(config)
+
+
+def require(config: dict[str, Any], name: str, holds: bool, wanted: str) -> None:
+    if name in config and not holds:
+        raise ConfigError(f"config.json: {name} = {config[name]!r}; expected {wanted}")
+
+
+def require_heads(config: dict[str, Any]) -> None:
+    """Query heads share key/value heads evenly, and a head's features turn in pairs."""
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    shared, size = config.get("num_key_value_heads"), config.get("head_dim")
+    if heads and shared and heads % shared:
+        raise ConfigError(
+            f"config.json: num_key_value_heads = {shared} does not divide "
+            f"num_attention_heads = {heads}"
+        )
+    if width and heads and size is None and width % heads:
+        raise ConfigError(
+            f"config.json: num_attention_heads = {heads} does not divide hidden_size = {width}, "
+            "and there is no head_dim"
+        )
+    if size is not None and size % 2:
+        raise ConfigError(f"config.json: head_dim = {size}; RoPE needs an even number")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
