@@ -49,6 +49,17 @@ def test_at_init_nothing_changes_and_only_b_has_a_gradient(params, key):
             assert np.any(grad), name
 
 
+def test_at_init_an_embedding_has_a_zero_and_b_not(params, key):
+    """The other way about: A [V, R] is 0, so only A has a gradient."""
+    tuned = lora.add(params, r"embed/table", key, rank=4, alpha=8)
+    table = tuned["embed"]["table"]
+    assert not np.any(table.a) and np.all(table.b)
+    np.testing.assert_array_equal(logits(tuned), logits(params))
+    grad = jax.grad(lambda p: (logits(p) ** 2).mean())(tuned)["embed"]["table"]
+    assert not np.any(grad.b)
+    assert np.any(grad.a)
+
+
 def test_merged_equals_unmerged_for_every_matrix_and_the_tied_table(params, key):
     tuned = filled(lora.add(params, ALL, key, rank=4, alpha=8), key)
     assert np.abs(logits(tuned) - logits(params)).max() > 0.1
