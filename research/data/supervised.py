@@ -66,7 +66,8 @@ def examples(
     `encode` gives (ids, mask) of messages, `partial(chat.encode_chat, tokenizer)` say. A longer
     conversation loses its end ("right") or its beginning ("left"), is left out ("drop"), or is a
     ValueError that names its place ("error"). One without a supervised token, before or after
-    truncation, is left out. Both are counted. ValueError when nothing remains.
+    truncation, is left out. Both are counted. ValueError when nothing remains, and naming the place
+    when `encode` raises one.
     """
     if truncate not in ("right", "left", "drop", "error"):
         raise ValueError(f"truncate {truncate!r}; expected 'right', 'left', 'drop' or 'error'")
@@ -74,7 +75,11 @@ def examples(
         raise ValueError(f"max_length {max_length}; an example needs 2 tokens or more")
     kept, counts = [], Counts()
     for place, messages in conversations:
-        example, count = _example(*encode(messages), place, max_length, truncate)
+        try:
+            ids, mask = encode(messages)
+        except ValueError as error:  # a chat template that refuses the conversation, say
+            raise ValueError(f"{place}: {error}") from error
+        example, count = _example(ids, mask, place, max_length, truncate)
         counts += count
         if example is not None:
             kept.append(example)

@@ -125,3 +125,12 @@ def test_nothing_left_is_an_error():
         supervised.examples(TALKS[3:], encode, 8)
     with pytest.raises(ValueError, match="truncate 'middle'"):
         supervised.examples(TALKS, encode, 8, "middle")
+
+
+def test_a_template_that_refuses_names_the_place():
+    tokenizer = train_bpe(
+        ["abc\n"], 300, chat.CHATML_TOKENS, chat_template="{{ raise_exception('no system here') }}"
+    )
+    talks = [("rows.json:7", [{"role": "system", "content": "x"}])]
+    with pytest.raises(ValueError, match=r"^rows\.json:7: .*no system here"):
+        supervised.examples(talks, partial(chat.encode_chat, tokenizer), 8)
