@@ -8,6 +8,8 @@ SentencePiece model, see spm.py), beside `tokenizer_config.json`, `special_token
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +21,7 @@ from tokenizers import AddedToken, processors
 
 from research.tokenize import spm
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 NAMED = ("bos", "eos", "pad", "unk")
 
 
@@ -64,7 +67,11 @@ class Tokenizer:
         return read(Path(directory))
 
     def save(self, directory: str | Path) -> None:
-        """Write files from which `from_directory` and `transformers` give the same ids."""
+        """Write files from which `from_directory` and `transformers` give the same ids.
+
+        All are written before the first gets its name: when a disk is full (OSError) the directory
+        is as it was. A save that is killed leaves no tokenizer rather than half of one.
+        """
         write(self, Path(directory))
 
     @cached_property
@@ -127,6 +134,23 @@ def read(directory: Path) -> Tokenizer:
 def write(tokenizer: Tokenizer, directory: Path) -> None:
     """See `Tokenizer.save`."""
     directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-partial-", dir=directory) as folder:
+        _write_files(tokenizer, Path(folder))
+        _put_in_place(Path(folder), directory)
+
+
+def _put_in_place(folder: Path, directory: Path) -> None:
+    """Move complete files, tokenizer.json last but for the model it was made of.
+
+    What an earlier tokenizer left goes first: a mixture of two would read as a complete one.
+    """
+    for name in (*VOCABULARIES, "chat_template.jinja"):
+        (directory / name).unlink(missing_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name in VOCABULARIES, path.name)):
+        os.replace(path, directory / path.name)
+
+
+def _write_files(tokenizer: Tokenizer, directory: Path) -> None:
     ids = {name: getattr(tokenizer, f"{name}_id") for name in NAMED}
     named = {f"{name}_token": tokenizer.id_to_token(i) for name, i in ids.items() if i is not None}
     config = {
@@ -134,7 +158,9 @@ def write(tokenizer: Tokenizer, directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
         **named,
     }
-    tokenizer.backend.save(str(directory / "tokenizer.json"))
+    # Through Python, so that a full disk is an OSError.
+    text = tokenizer.backend.to_str(pretty=True)
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     _write_json(directory / "tokenizer_config.json", config)
     _write_json(directory / "special_tokens_map.json", named)
     if tokenizer.sentencepiece is not None:

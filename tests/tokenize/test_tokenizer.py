@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, files that are written and read again, clear errors."""
 
 import json
+import os
 import random
 import subprocess
 from itertools import pairwise
@@ -210,3 +211,46 @@ def test_other_bad_input(bpe):
         train_sentencepiece(CORPUS, 100000)
     with pytest.raises(TokenizerError, match="eos '<end>' is not among special_tokens"):
         train_bpe(CORPUS, 400, eos="<end>")
+
+
+def test_a_save_that_fails_leaves_the_old_tokenizer(bpe, tmp_path, monkeypatch):
+    bpe.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    whole = Path.write_text
+
+    def full(path, text, **how):
+        if path.name == "chat_template.jinja":
+            raise OSError(28, "No space left on device")
+        return whole(path, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        train_bpe(CORPUS, 300, chat.CHATML_TOKENS, chat_template="other").save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_killed_save_is_the_new_tokenizer_or_none(bpe, tmp_path, monkeypatch, moves):
+    """Killed before each of its renames, over an older tokenizer of another vocabulary."""
+    train_bpe(CORPUS, 300, chat.CHATML_TOKENS, chat_template="other").save(tmp_path)
+    done, rename = [], os.replace
+
+    def killed(source, target):
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bpe.save(tmp_path)
+    with pytest.raises(TokenizerError, match=r"neither tokenizer.json nor tokenizer.model"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_save_over_another_leaves_nothing_of_it(bpe, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"of another")
+    bpe.save(tmp_path)
+    train_bpe(CORPUS, 300, chat.CHATML_TOKENS).save(tmp_path)
+    assert Tokenizer.from_directory(tmp_path).chat_template is None
+    assert not (tmp_path / "tokenizer.model").exists()
