@@ -1,6 +1,6 @@
 """Attention kernels timed side by side: blockwise, reference, and PyTorch's where it is installed.
 
-    python scripts/bench_attention.py [--shapes 4,256,9,3,64 ...] [--repeats 9] [--json FILE]
+    python -m scripts.bench_attention [--shapes 4,256,9,3,64 ...] [--repeats 9] [--json FILE]
 
 Float32 and causal. One call of each kernel in turn, many turns: a machine that slows down slows all
 of them, so read the ratios. `busy` is processor time over wall time of our process, 2.0 when two
@@ -20,13 +20,11 @@ from statistics import median
 
 import jax
 
+from research.kernels.attend import Attend
+from research.kernels.mask import Mask
+from research.kernels.select import kernel
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from research.kernels.attend import Attend  # noqa: E402
-from research.kernels.mask import Mask  # noqa: E402
-from research.kernels.select import kernel  # noqa: E402
-
 SHAPES = ["4,256,9,3,64", "8,512,9,3,64", "1,1024,9,3,64", "1,2048,8,8,64"]
 TORCH_PYTHON = ROOT / ".references" / "venv" / "bin" / "python"
 
@@ -108,7 +106,9 @@ def measure(shape: tuple[int, ...], backward: bool, repeats: int, torch: Torch |
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_attention", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,T,N,K,H")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="append the rows to this file")

@@ -1,7 +1,7 @@
 """Talk to a model in the terminal, the answer streaming.
 
-python scripts/chat.py smollm2 [--adapter DIR] [--system TEXT] [--temperature 0.7] ...
-python scripts/chat.py PATH        a Hugging Face directory or a .gguf file
+python -m scripts.chat smollm2 [--adapter DIR] [--system TEXT] [--temperature 0.7] ...
+python -m scripts.chat PATH        a Hugging Face directory or a .gguf file
 
 /reset           forget the conversation        /adapter on|off   the fine-tuned adapter
 /system TEXT     a new system prompt, and reset  /quit             or Ctrl-D; Ctrl-C stops an answer
@@ -14,21 +14,17 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from research import hub  # noqa: E402
-from research.decode import PromptError, Sampling, generate  # noqa: E402
-from research.decode.text import TextStream  # noqa: E402
-from research.hub.download import cache_directory, smollm2  # noqa: E402
-from research.models.decoder import unstack  # noqa: E402
-from research.tokenize.chat import render  # noqa: E402
-from research.weights import lora  # noqa: E402
+from research import hub
+from research.decode import PromptError, Sampling, generate
+from research.decode.text import TextStream
+from research.hub.download import DownloadError, cache_directory, smollm2
+from research.models.decoder import unstack
+from research.tokenize.chat import ChatTemplateError, render
+from research.weights import lora
 
 Write = Callable[[str], Any]
 
@@ -110,6 +106,9 @@ class Chat:
                     self.say(line)
             except PromptError as error:
                 self.write(f"[{error}; /reset begins anew]\n")
+            except ChatTemplateError as error:
+                hint = "; /system alone takes the system prompt away" if self.system else ""
+                self.write(f"[{error}{hint}]\n")
 
 
 def typed() -> Iterable[str]:
@@ -125,7 +124,9 @@ def typed() -> Iterable[str]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.chat",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model",
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         pretrained = hub.load(smollm2() if options.model == "smollm2" else options.model)
         if options.adapter:
             pretrained = hub.load_adapter(pretrained, options.adapter)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DownloadError) as error:
         print(f"chat: {error}", file=sys.stderr)
         return 1
     if pretrained.tokenizer is None or pretrained.tokenizer.chat_template is None:

@@ -6,10 +6,12 @@ import jax
 import pytest
 
 from research.decode import Sampling
+from research.hub.download import DownloadError
 from research.models import decoder
 from research.models.attention import Attention
 from research.models.layers import GatedMlp
 from research.paths import map_named
+from research.tokenize.chat import ChatTemplateError
 from research.weights import lora
 from scripts import chat
 from scripts.chat import Chat
@@ -81,3 +83,29 @@ def test_a_conversation_too_long_is_explained_and_goes_on(talk, written):
 def test_a_missing_model_is_named(capsys):
     assert chat.main(["/nowhere/model"]) == 1
     assert "/nowhere/model" in capsys.readouterr().err
+
+
+def test_without_a_network_one_line_says_so(monkeypatch, capsys):
+    def offline():
+        raise DownloadError("no network")
+
+    monkeypatch.setattr(chat, "smollm2", offline)
+    assert chat.main([]) == 1
+    assert capsys.readouterr().err == "chat: no network\n"
+
+
+def test_a_template_that_refuses_a_system_prompt_does_not_end_the_chat(talk, written, monkeypatch):
+    joined = chat.render
+
+    def refusing(tokenizer, messages, **more):
+        if messages[0]["role"] == "system":
+            raise ChatTemplateError("template failed: no system role")
+        return joined(tokenizer, messages, **more)
+
+    monkeypatch.setattr(chat, "render", refusing)
+    talk.run(["hi"])
+    assert written == [
+        "[template failed: no system role; /system alone takes the system prompt away]\n"
+    ]
+    talk.run(["/system", "hi"])
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
