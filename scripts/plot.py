@@ -34,9 +34,11 @@ def curves(rows: Sequence[results.Row], runs: Path) -> dict[str, Series]:
 
 
 def draw(found: Mapping[str, Series]) -> Figure:
-    """A panel a metric, a line a run; names that TITLES does not know come last."""
+    """A panel a metric, a line a run; names that TITLES does not know come last. SystemExit without a curve."""
     names = dict.fromkeys(name for run in found.values() for name in run)
     names = [name for name in names if name not in NOT_CURVES]
+    if not names:
+        raise SystemExit("the runs' metrics.jsonl hold no curve to draw")
     ordered = sorted(names, key=lambda name: (name not in TITLES, names.index(name)))
     columns = min(2, len(ordered))
     lines = -(-len(ordered) // columns)

@@ -1,6 +1,6 @@
 """The first thing to run: a real model, fetched, fine-tuned, measured before and after, talked to.
 
-    bash scripts/quickstart.sh [--set field=value ...] [--force]
+    bash scripts/quickstart.sh [--set field=value ...] [--force] [--list] [--smoke]
 
 This is `experiments/sft_smollm2.py` at a size that a laptop finishes in some minutes. Everything it
 leaves is under runs/quickstart/; started again after an interruption, it goes on from its last
@@ -10,6 +10,7 @@ checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,12 +31,20 @@ QUICK = dataclasses.replace(
 
 
 def quickstart(arguments: Sequence[str] | None = None) -> None:
-    """Train, measure, and say where everything is."""
+    """Train, measure, and say where everything is. --smoke leaves all under runs/smoke/."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     runs = ROOT / "runs/quickstart"
     places = Places(runs / "rows.jsonl", runs)
     rows = main(
-        QUICK, [], sft_smollm2.run, smoke=sft_smollm2.SMOKE, arguments=arguments, places=places
+        QUICK,
+        [],
+        sft_smollm2.run,
+        smoke=sft_smollm2.SMOKE,
+        arguments=arguments,
+        root=ROOT,
+        places=places,
     )
+    runs = ROOT / "runs/smoke" if "--smoke" in arguments else runs
     for row in rows:
         print(summary(row["metrics"], (runs / row["id"]).relative_to(ROOT)))
 

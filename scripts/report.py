@@ -17,13 +17,17 @@ from research.runs.environment import ROOT
 
 def find(run_id: str, root: Path) -> tuple[results.Row, Path]:
     """The row of a run and its directory; SystemExit when there is no such row."""
-    places = [(root / "experiments/results", root / "runs"), (root / "runs/smoke",) * 2]
-    for rows, runs in places:
-        path = rows / f"{run_id.rpartition('-')[0]}.jsonl"
+    name = f"{run_id.rpartition('-')[0]}.jsonl"
+    places = [
+        (root / "experiments/results" / name, root / "runs"),
+        (root / "runs/smoke" / name, root / "runs/smoke"),
+        (root / "runs/quickstart/rows.jsonl", root / "runs/quickstart"),
+    ]
+    for path, runs in places:
         for row in results.latest(results.read(path)):
             if row["id"] == run_id:
                 return row, runs / run_id
-    raise SystemExit(f"no row {run_id!r} in experiments/results/ or runs/smoke/")
+    raise SystemExit(f"no row {run_id!r} in experiments/results/, runs/smoke/ or runs/quickstart/")
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> Path:

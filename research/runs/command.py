@@ -69,7 +69,8 @@ def main(
 
     `base` is a frozen dataclass with an int `seed`; `smoke` is a dict of overrides, or a function
     from config to config, that makes any run small. `table(rows)` is printed at the end. `places`
-    overrules where rows and run directories go, below `root` otherwise.
+    overrules where rows and run directories go, below `root` otherwise; those of --smoke stay under
+    runs/smoke/.
     """
     experiment = experiment_name(run)
     parser = _parser(experiment, run)
@@ -78,7 +79,8 @@ def main(
         planned = plan(experiment, base, sweep, options, smoke)
     except OverrideError as error:
         parser.error(str(error))
-    places = places or _places(experiment, root, options.smoke)
+    if places is None or options.smoke:
+        places = _places(experiment, root, options.smoke)
     done = {row["id"]: row for row in results.latest(results.read(places.results))}
     if options.list:
         for each in planned:
@@ -104,6 +106,7 @@ def _parser(experiment: str, run: Run) -> argparse.ArgumentParser:
         prog=f"python -m experiments.{experiment}",
         description=(module.__doc__ if module else None) or experiment,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--smoke", action="store_true", help="tiny and quick, rows in runs/smoke/")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE")
@@ -124,6 +127,8 @@ def plan(
     if not is_dataclass(base) or not isinstance(getattr(base, "seed", None), int):
         raise TypeError(f"{experiment}: the base config must be a dataclass with an int `seed`")
     asked = parse_assignments(options.set)
+    if options.sweep and not sweep:
+        raise OverrideError("--sweep: there is no sweep here")
     planned: dict[str, Planned] = {}
     for point in sweep if options.sweep else [{}]:
         clash = sorted(point.keys() & asked.keys())

@@ -29,7 +29,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; none when there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    # Not splitlines(): texts may hold U+2028 and other line ends of Unicode unescaped.
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def comparison(row: results.Row) -> list[dict[str, Any]]:

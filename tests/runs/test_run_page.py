@@ -1,5 +1,7 @@
 """What a run's page compares."""
 
+import json
+
 from research.runs import page
 
 
@@ -26,3 +28,10 @@ def test_pairs_intervals_and_directions():
             "better": "higher",
         },
     ]
+
+
+def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
+    text = "a\u2028b\u0085c"
+    row = json.dumps({"prompt": text}, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert page.lines(tmp_path / "x.jsonl") == [{"prompt": text}] * 2

@@ -81,3 +81,8 @@ def test_report_reads_the_runs_files(tmp_path):
     assert "Somebody." in path.read_text()
     with pytest.raises(SystemExit, match="no row 'question-99'"):
         report.main(["question-99"], root=tmp_path)
+
+
+def test_nothing_to_draw_is_said():
+    with pytest.raises(SystemExit, match="no curve to draw"):
+        plot.draw({"rank=4": {}})
