@@ -9,7 +9,7 @@ from research.models.families.llama import llama
 from research.objectives import next_token
 from research.paths import named_leaves
 from research.train.loop import Training, fit
-from research.train.optim import AdamW
+from research.train.optim import SGD, AdamW
 from research.train.sharding import make_mesh
 from research.types import Source
 from research.weights import lora
@@ -77,3 +77,37 @@ def test_a_mesh_of_all_three_axes_equals_one_device(resumed):
         named_leaves(fitted.params), named_leaves(resumed.params), strict=True
     ):
         np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=name)
+
+
+def packed_batch(state, params, context, rng, last_metrics):
+    """Rows of two or three segments and padding; no loss on padding or across a border."""
+    batch, after = next_batch(state, params, context, rng, last_metrics)
+    lengths = [(5, 6, 0), (3, 4, 2), (4, 4, 3), (2, 8, 0)] * 2
+    segments = [np.repeat([1, 2, 3, 0], (*row, 11 - sum(row))) for row in lengths]
+    segments = np.stack(segments).astype(np.int32)
+    same = np.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1)))
+    weights = (same & (segments != 0)).astype(np.float32)
+    return {**batch, "segment_ids": segments, "weights": weights / weights.sum()}, after
+
+
+def train_whole(mesh=None):
+    tree = decoder.init(MODEL, jax.random.key(0))
+    options = {} if mesh is None else {"mesh": mesh, "names": decoder.axes(MODEL)}
+    options |= {} if mesh is None else {"units": {"heads": 4, "kv_heads": 4}}
+    config, where = Training(steps=2, accumulate=2), Source(lambda rng: 0, packed_batch)
+    return fit(next_token(MODEL), where, tree, SGD(0.5), config, **options).params
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return train_whole()
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (1, 1, 2)])
+def test_packed_full_fine_tuning_on_a_pure_mesh_equals_one_device(whole, shape):
+    start = dict(named_leaves(decoder.init(MODEL, jax.random.key(0))))
+    for (name, got), (_, expected) in zip(
+        named_leaves(train_whole(make_mesh(*shape))), named_leaves(whole), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=1e-6, err_msg=name)
+        assert np.abs(expected - start[name]).max() > 2e-5, name

@@ -21,9 +21,9 @@ from research.train.sharding import (
 STEPS = 4
 
 
-def train(mesh=None, tree=None, names=NAMES, **options):
+def train(mesh=None, tree=None, names=NAMES, steps=STEPS, **options):
     tree = params() if tree is None else tree
-    config = Training(steps=STEPS, accumulate=2, ema_decay=0.9, **options)
+    config = Training(steps=steps, accumulate=2, ema_decay=0.9, **options)
     optimizer = AdamW(0.05, weight_decay=0.1)
     names = None if mesh is None else names
     return fit(objective, source(16), tree, optimizer, config, mesh=mesh, names=names)
@@ -58,15 +58,33 @@ def test_any_mesh_equals_one_device(alone, shape):
             assert home.is_equivalent_to(fitted.params["hidden"]["kernel"].sharding, 2)
 
 
-def test_resumes_into_its_shards(alone, tmp_path):
+def test_resumes_into_its_shards(alone, tmp_path, capsys):
     mesh = make_mesh(2, 2, 2)
-    stopped = train(mesh, directory=tmp_path)
+    stopped = train(mesh, directory=tmp_path, steps=2)
     again = train(mesh, directory=tmp_path)
-    assert sharding_of(again.state.trainable) == sharding_of(stopped.state.trainable)
-    for got, expected in zip(
-        jax.tree.leaves(again.params), jax.tree.leaves(stopped.params), strict=True
-    ):
-        np.testing.assert_array_equal(got, expected)
+    assert "resumed from step 2" in capsys.readouterr().out
+    for part in ("trainable", "opt_state", "ema"):
+        resumed, before = getattr(again.state, part), getattr(stopped.state, part)
+        assert sharding_of(resumed) == sharding_of(before)
+        for (name, got), (_, expected) in zip(
+            named_leaves(resumed), named_leaves(getattr(alone.state, part)), strict=True
+        ):
+            np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+def test_fit_keeps_units_whole(capsys):
+    fitted = fit(
+        objective,
+        source(16),
+        params(),
+        AdamW(0.05),
+        Training(steps=1),
+        mesh=make_mesh(tensor=2),
+        names=NAMES,
+        units={"ffn": 8},
+    )
+    assert "hidden/kernel: ffn (1) is replicated" in capsys.readouterr().out
+    assert fitted.params["hidden"]["kernel"].sharding.is_fully_replicated
 
 
 def test_names_reach_inside_a_weight():
