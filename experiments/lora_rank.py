@@ -46,7 +46,7 @@ class Config:
     targets: str = TARGETS["Wq, Wv"]
     rank: int = 8
     scale: float = 2.0
-    lr: float = 1e-3
+    lr: float = 4e-3
     warmup_steps: int = 4
     steps: int = 20
     batch_size: int = 2
@@ -165,7 +165,7 @@ def figure(rows: list[results.Row]) -> Figure:
 
 BASE = Config()
 SWEEP = product(
-    param("seed", 0, 1), param("targets", *TARGETS.values()), param("rank", 1, 2, 4, 8, 64)
+    param("targets", *TARGETS.values()), param("seed", 0, 1), param("rank", 1, 2, 4, 8, 64)
 )
 SMOKE = {
     "steps": 2,

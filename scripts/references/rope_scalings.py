@@ -1,32 +1,71 @@
-"""The frequencies and attention factors that `transformers` computes for RoPE scalings, as JSON.
+"""What `transformers` computes for RoPE scalings: the table of tests/models/test_rope_reference.py.
 
-    .references/venv/bin/python scripts/references/rope_scalings.py [CONFIGS.json]
+    .references/venv/bin/python scripts/references/rope_scalings.py
 
-Without a file: for the configs of tests/models/test_rope_reference.py, which keeps the output.
-CONFIGS is {name: config.json fields of a LlamaForCausalLM}.
+Prints {case: (rope_parameters, head size, frequencies, attention factor)} for a LlamaConfig.
 """
 
-import json
-import sys
-from pathlib import Path
+from pprint import pprint
 
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "models"))
-
-
-def computed(fields: dict) -> dict:
-    config = LlamaConfig(num_attention_heads=2, hidden_size=2 * fields["head_dim"], **fields)
-    kind = config.rope_parameters["rope_type"]
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-    return {"frequencies": [float(f"{x:.8g}") for x in frequencies.tolist()], "factor": factor}
-
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES = {
+    "linear": ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 8),
+    "llama3.1": (
+        {**LLAMA3, "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192},
+        32,
+    ),
+    "llama3 without original length": ({**LLAMA3, "rope_theta": 1e4, "factor": 32.0}, 16),
+    "yarn": (
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 2048,
+        },
+        32,
+    ),
+    "yarn, other turns and a given attention factor": (
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 40.0,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "attention_factor": 0.7,
+        },
+        32,
+    ),
+    "yarn without original length, a part of the head": (
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 1.5, "partial_rotary_factor": 0.5},
+        32,
+    ),
+    "yarn, one index only": (
+        {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 1.5,
+            "beta_slow": 1.5,
+        },
+        8,
+    ),
+}
+LENGTH = 4096  # max_position_embeddings
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        configs = json.loads(Path(sys.argv[1]).read_text())
-    else:
-        recorded = Path(__file__).parents[2] / "tests" / "models" / "rope_cases.json"
-        configs = json.loads(recorded.read_text())
-    print(json.dumps({name: computed(fields) for name, fields in configs.items()}, indent=1))
+    table = {}
+    for name, (given, size) in CASES.items():
+        config = LlamaConfig(
+            hidden_size=2 * size,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            rope_parameters=dict(given),
+        )
+        frequencies, factor = ROPE_INIT_FUNCTIONS[given["rope_type"]](config, "cpu")
+        table[name] = given, size, [float(f"{x:.8g}") for x in frequencies.tolist()], factor
+    pprint(table, width=96, compact=True, sort_dicts=False)
