@@ -91,6 +91,8 @@ def generate(
     keys = row_keys(rng, len(prompts))
     state = read(model, params, tokens, segments, keys, filters, stop, slots, pad_id)
     every = sampling.max_tokens if callback is None else stream_every
+    if every < 1:
+        raise ValueError(f"stream_every must be at least 1, got {stream_every}")
     told = 0
     while True:
         limit = min(told + every, sampling.max_tokens)

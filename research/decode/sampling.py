@@ -42,7 +42,11 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", (self.repetition_penalty or 1) > 0, "more than 0"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty is None or self.repetition_penalty > 0,
+                "more than 0",
+            ),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
         ):
             if not holds:

@@ -27,7 +27,12 @@ from research.types import Array, Params
 MAX_SHARD_BYTES = 2 * 1000**3
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What older versions of transformers wrote, said again by rope_parameters and dtype.
-OLD_FIELDS = ("rope_theta", "rope_scaling", "torch_dtype")
+OLD_FIELDS = (
+    "rope_theta",
+    "rope_scaling",
+    "original_max_position_embeddings",
+    "torch_dtype",
+)
 
 
 @dataclass(frozen=True, eq=False)

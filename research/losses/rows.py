@@ -69,12 +69,17 @@ def compact(hidden: Array, targets: Array, weights: Array, chunk: int | None) ->
             f"{hidden.shape}, {targets.shape}, {weights.shape}"
         )
     B, T = targets.shape
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk counts positions, expected at least 1, got {chunk}")
     chunk = default_chunk(B, T) if chunk is None else min(chunk, T)
     weights = jnp.pad(weights, ((0, 0), (0, -T % chunk)))
     order = jnp.argsort(weights == 0, axis=1, stable=True)
     source = jnp.minimum(order, T - 1)
+    taken = jnp.take_along_axis(hidden, source[..., None], axis=1)
+    counted = jnp.take_along_axis(weights, order, axis=1) != 0
     return Rows(
-        hidden=jnp.take_along_axis(hidden, source[..., None], axis=1),
+        # What carries no loss may hold anything: 0 * inf would be nan in the head's gradient.
+        hidden=jnp.where(counted[..., None], taken, 0),
         targets=jnp.take_along_axis(targets, source, axis=1),
         weights=jnp.take_along_axis(weights, order, axis=1),
         order=order,

@@ -42,8 +42,10 @@ class Cache:
     """The past of a batch: slots 0..index-1 are filled, in order, for every row.
 
     layers       as the parameters are: per stack and block, stacked or one per layer
-    segment_ids  [B, S] of the filled slots; 0 is padding or not yet filled
-    index        int32 scalar, the next free slot
+    segment_ids  [B, S] of the filled slots; 0 is padding or not yet filled. New tokens are of
+                 segment 1 unless they say otherwise, so that is what a row's past should be
+    index        int32 scalar, the next free slot; who writes past the last one under jit, where it
+                 cannot be checked, overwrites the last
     lengths      [B] int32, real tokens so far: the position of the next one
     """
 
@@ -87,7 +89,9 @@ class Attention(nn.Module):
         v = self._heads("v", self.kv_heads, "kv_heads")(x).reshape(B, T, -1, self.head_size)
         q = inputs.position.rotate(q, inputs.tables)
         k = inputs.position.rotate(k, inputs.tables)
-        mask = inputs.mask.replace(slopes=inputs.position.slopes(self.heads))
+        mask, slopes = inputs.mask, inputs.position.slopes(self.heads)
+        if slopes is not None:
+            mask = mask.replace(slopes=slopes)
         if self.window is not None:
             mask = mask.replace(window=self.window)
         if cache is not None:

@@ -69,7 +69,10 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A family's parts. `head` None means tied to the embedding table."""
+    """A family's parts. `head` None means tied to the embedding table.
+
+    init_std is the embedding table's; each Linear has its own `kernel_init`.
+    """
 
     vocab_size: int
     width: int
@@ -149,7 +152,12 @@ class Decoder(nn.Module):
 
 
 def head_size(config: DecoderConfig) -> int:
-    return config.stacks[0].pattern[0].attention.head_size
+    """That of every block: they share the tables of positions."""
+    blocks = [block for stack in config.stacks for block in stack.pattern]
+    sizes = {block.attention.head_size for block in blocks}
+    if len(sizes) != 1:
+        raise ValueError(f"blocks of one model share a head size, these have {sorted(sizes)}")
+    return sizes.pop()
 
 
 def segment_positions(segment_ids: Array) -> Array:
@@ -166,8 +174,13 @@ def arrange(
     mask: Mask,
     cache: Cache | None,
 ) -> tuple[Mask, Array, Cache | None]:
-    """Mask and positions of the new tokens, and the cache with their slots taken."""
+    """Mask and positions of the new tokens, and the cache with their slots taken.
+
+    ValueError when `mask` says what segment_ids or the cache say too, or the cache is full.
+    """
     B, T = tokens.shape
+    if mask.query_segments is not None and (segment_ids is not None or cache is not None):
+        raise ValueError("segments come from `segment_ids` (with a cache, always), not from `mask`")
     if cache is None:
         if segment_ids is not None:
             mask = mask.replace(query_segments=segment_ids, key_segments=segment_ids)
@@ -176,6 +189,7 @@ def arrange(
         elif positions is None:
             positions = jnp.arange(T, dtype=jnp.int32)[None]
         return mask, positions, None
+    require_room(cache, T)
     if segment_ids is None:
         segment_ids = jnp.ones((B, T), jnp.int32)
     real = (segment_ids != 0).astype(jnp.int32)
@@ -189,6 +203,13 @@ def arrange(
     return mask, positions, taken
 
 
+def require_room(cache: Cache, T: int) -> None:
+    """ValueError when T more tokens do not fit, where the index is known (outside jit)."""
+    slots = cache.segment_ids.shape[1]
+    if not isinstance(cache.index, jax.core.Tracer) and int(cache.index) + T > slots:
+        raise ValueError(f"the cache holds {int(cache.index)} of {slots} tokens, no room for {T}")
+
+
 def run_stack(
     config: DecoderConfig,
     stack: Stack,
@@ -199,6 +220,9 @@ def run_stack(
     rng: Array | None,
 ) -> tuple[Array, Any]:
     """x through all layers of one stack. `params` is stacked, or a tuple of one tree per layer."""
+    held = len(params) if isinstance(params, tuple) else jax.tree.leaves(params)[0].shape[0]
+    if held != stack.count:
+        raise ValueError(f"a stack of {stack.count} layers was given the parameters of {held}")
 
     def cycle(x: Array, params: Params, cache: Any, index: Array | int) -> tuple[Array, Any]:
         new = {}

@@ -39,9 +39,9 @@ CASES = {
         },
         32,
     ),
-    "yarn without original length, a part of the head": (
-        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 1.5, "partial_rotary_factor": 0.5},
-        32,
+    "yarn without original length": (
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 1.5},
+        16,
     ),
     "yarn, one index only": (
         {

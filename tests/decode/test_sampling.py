@@ -149,6 +149,7 @@ def test_log_prob_is_of_the_unmodified_logits(logits):
         {"top_p": 1.5},
         {"min_p": 2},
         {"repetition_penalty": -1},
+        {"repetition_penalty": 0.0},
         {"max_tokens": 0},
     ],
 )

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from research.kernels.attend import reference
+from research.kernels.mask import Mask
+from research.kernels.select import kernel_name
 from research.models import decoder
 from research.models.families.llama import llama
 from research.models.layers import GatedMlp
@@ -165,3 +167,49 @@ def test_bfloat16_computes_in_bfloat16(params, tokens):
     logits = apply(params, tokens, model)
     assert logits.dtype == jnp.float32
     assert np.corrcoef(logits.ravel(), apply(params, tokens).ravel())[0, 1] > 0.99
+
+
+def test_the_callers_mask_counts(params, tokens):
+    slopes = apply(params, tokens, mask=Mask(slopes=jnp.full(6, 0.5)))
+    assert np.abs(slopes - apply(params, tokens)).max() > 1e-2
+    segments = jnp.ones_like(tokens)
+    mask = Mask(query_segments=segments, key_segments=segments)
+    with pytest.raises(ValueError, match="segments come from `segment_ids`"):
+        MODEL.apply({"params": params}, tokens, mask=mask, segment_ids=segments)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("form", ["scanned", "loop", "unstacked"])
+def test_another_number_of_layers_is_an_error(params, tokens, count, form):
+    stacks = (dataclasses.replace(CONFIG.stacks[0], count=count),)
+    model = decoder.Decoder(dataclasses.replace(CONFIG, stacks=stacks, scan=form == "scanned"))
+    tree = decoder.unstack(params) if form == "unstacked" else params
+    with pytest.raises(
+        ValueError, match=f"a stack of {count} layers was given the parameters of 3"
+    ):
+        model.apply({"params": tree}, tokens)
+
+
+def test_a_full_cache_and_mixed_head_sizes_are_errors(params, tokens):
+    _, cache = apply(params, tokens[:, :8], cache=decoder.empty_cache(MODEL, 2, 8))
+    with pytest.raises(ValueError, match="holds 8 of 8 tokens, no room for 1"):
+        MODEL.apply({"params": params}, tokens[:, 8:9], cache=cache)
+    block = CONFIG.stacks[0].pattern[0]
+    other = block.clone(attention=block.attention.clone(head_size=4))
+    stacks = (decoder.Stack(1, (block, other)),)
+    with pytest.raises(ValueError, match=r"share a head size, these have \[4, 8\]"):
+        decoder.init(decoder.Decoder(dataclasses.replace(CONFIG, stacks=stacks)), jax.random.key(0))
+
+
+def test_blockwise_attention_in_a_cache_with_left_padding(params):
+    """Long enough that the default kernel is not the reference form."""
+    tokens = jax.random.randint(jax.random.key(5), (2, 40), 0, 50)
+    segments = jnp.ones_like(tokens).at[0, :7].set(0)
+    assert kernel_name(40, 72) == "blockwise"
+    cache = decoder.empty_cache(MODEL, 2, 72)
+    logits, cache = apply(params, tokens[:, :24], segment_ids=segments[:, :24], cache=cache)
+    more, _ = apply(params, tokens[:, 24:], segment_ids=segments[:, 24:], cache=cache)
+    got = jnp.concatenate([logits, more], axis=1)
+    plain = decoder.Decoder(dataclasses.replace(CONFIG, attend=reference))
+    np.testing.assert_allclose(got[1], apply(params, tokens, plain)[1], atol=2e-5)
+    np.testing.assert_allclose(got[0, 7:], apply(params, tokens[:1, 7:], plain)[0], atol=2e-5)

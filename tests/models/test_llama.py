@@ -1,9 +1,14 @@
 """The LLaMA family: published sizes, and config.json in both directions."""
 
+import dataclasses
+
 import pytest
+from flax import linen as nn
 
 from research.models import decoder
 from research.models.families import ConfigError, find, llama
+from research.models.layers import GatedMlp
+from research.models.position import Rope
 from research.paths import named_leaves
 
 PUBLISHED = {
@@ -75,3 +80,39 @@ def test_missing_field_is_named():
 def test_unknown_architecture_is_named():
     with pytest.raises(ConfigError, match="'MambaForCausalLM'"):
         find({"architectures": ["MambaForCausalLM"]})
+
+
+SMALL = llama.llama(9, 2, 8, 2, 1, 8)
+BLOCK = SMALL.stacks[0].pattern[0]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        BLOCK.clone(ffn=GatedMlp(8, activation=nn.gelu)),
+        BLOCK.clone(attention=BLOCK.attention.clone(window=4)),
+        BLOCK.clone(attention=BLOCK.attention.clone(scale=0.5)),
+        BLOCK.clone(residual=decoder.post_norm),
+    ],
+)
+def test_an_ablation_is_not_saved_as_a_plain_llama(block):
+    ablated = dataclasses.replace(SMALL, stacks=(decoder.Stack(2, (block,)),))
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no stacks"):
+        llama.to_huggingface(ablated)
+
+
+def test_other_ablations_are_not_saved_either():
+    two = dataclasses.replace(SMALL, stacks=(SMALL.stacks[0],) * 2)
+    partly = dataclasses.replace(SMALL, position=Rope(fraction=0.5))
+    for ablated in (two, partly):
+        with pytest.raises(ConfigError, match="LlamaForCausalLM has no"):
+            llama.to_huggingface(ablated)
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor = 0\.5 is not implemented"):
+        llama.from_huggingface({**BASE, "partial_rotary_factor": 0.5})
+
+
+def test_the_outer_original_length_counts_as_in_transformers():
+    given = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    given["original_max_position_embeddings"] = 2048
+    config = {**BASE, "rope_parameters": given, "original_max_position_embeddings": 4096}
+    assert llama.from_huggingface(config).position.scaling.original_length == 4096

@@ -128,9 +128,9 @@ TABLE = {
         ],
         0.7,
     ),
-    "yarn without original length, a part of the head": (
-        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 1.5, "partial_rotary_factor": 0.5},
-        32,
+    "yarn without original length": (
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 1.5},
+        16,
         [
             1.0,
             0.31622776,

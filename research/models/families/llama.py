@@ -13,6 +13,7 @@ SmolLM2 (arXiv:2502.02737). What changes between generations:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from research.models.attention import Attention
@@ -157,10 +158,15 @@ def from_huggingface(config: dict) -> DecoderConfig:
 def rope_from(config: dict) -> Rope:
     """Rope from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    for place in (config, given):
+        refuse(place, "partial_rotary_factor", None, 1)  # LlamaForCausalLM turns whole heads
     theta = given.get("rope_theta", config.get("rope_theta", 10_000.0))
     kind = given.get("rope_type", given.get("type", "default"))
-    original = given.get("original_max_position_embeddings") or config.get(
-        "original_max_position_embeddings", config.get("max_position_embeddings")
+    # In this order, as transformers reads them.
+    original = (
+        config.get("original_max_position_embeddings")
+        or given.get("original_max_position_embeddings")
+        or config.get("max_position_embeddings")
     )
     if kind == "default":
         scaling = None
@@ -176,19 +182,21 @@ def rope_from(config: dict) -> Rope:
         scaling = Yarn(given["factor"], original, fast, slow, given.get("attention_factor"))
     else:
         raise ConfigError(f"config.json: rope_type {kind!r} is not implemented")
-    fraction = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    return Rope(float(theta), fraction=fraction, scaling=scaling)
+    return Rope(float(theta), scaling=scaling)
 
 
 def to_huggingface(config: DecoderConfig) -> dict:
-    """The dictionary of a config.json that `transformers` opens as LlamaForCausalLM."""
+    """The dictionary of a config.json that `transformers` opens as LlamaForCausalLM.
+
+    ConfigError naming the part when the config has one that LlamaForCausalLM does not.
+    """
     block = config.stacks[0].pattern[0]
     attention = block.attention
     if attention.bias != attention.out_bias:
         raise ConfigError("LlamaForCausalLM has biases on all of q, k, v and o, or on none")
     if not isinstance(config.position, Rope) or config.position.interleaved:
         raise ConfigError(f"LlamaForCausalLM needs half-split Rope, not {config.position}")
-    return {
+    described = {
         "architectures": list(ARCHITECTURES),
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -206,13 +214,22 @@ def to_huggingface(config: DecoderConfig) -> dict:
         "mlp_bias": block.ffn.bias,
         "rope_parameters": rope_parameters(config.position),
     }
+    require_same(config, from_huggingface(described))
+    return described
+
+
+def require_same(config: DecoderConfig, written: DecoderConfig) -> None:
+    """ConfigError naming the first part of `config` that `written` would lose."""
+    free = ("dtype", "attend", "scan", "remat", "init_std")  # how it runs, not what it is
+    for field in dataclasses.fields(config):
+        ours, theirs = getattr(config, field.name), getattr(written, field.name)
+        if field.name not in free and ours != theirs:
+            raise ConfigError(f"LlamaForCausalLM has no {field.name} = {ours}, only {theirs}")
 
 
 def rope_parameters(position: Rope) -> dict:
     """The inverse of `rope_from`."""
     given: dict = {"rope_type": "default", "rope_theta": position.theta}
-    if position.fraction != 1.0:
-        given["partial_rotary_factor"] = position.fraction
     scaling = position.scaling
     if scaling is None:
         return given
@@ -226,4 +243,6 @@ def rope_parameters(position: Rope) -> dict:
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         return {**given, "rope_type": "llama3", "low_freq_factor": low, "high_freq_factor": high}
     given |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-    return {**given, "rope_type": "yarn", "attention_factor": scaling.amplitude}
+    if scaling.attention_factor is not None:
+        given["attention_factor"] = scaling.attention_factor
+    return {**given, "rope_type": "yarn"}
