@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -142,7 +143,6 @@ def measure(mode: str, options: argparse.Namespace, workload: str, environ: dict
         "threads": options.threads,
         "cpu": environment.cpu_model(),
         "git": environment.commit(),
-        "load_average": os.getloadavg()[0],
         "limits": json.loads(output_of(limits, environ)),
     }
     print(f"{mode}: {table.limits_line(row['limits'])}", flush=True)
@@ -151,7 +151,18 @@ def measure(mode: str, options: argparse.Namespace, workload: str, environ: dict
         [str(options.reference), "-m", "scripts.benchmark.theirs", workload, mode, threads],
     ]
     tell = lambda line: print(line, flush=True)  # noqa: E731
-    return row | compare(*sides, options.repeats, tell, environ)
+    start, before = time.perf_counter(), busy_elsewhere_s()
+    row |= compare(*sides, options.repeats, tell, environ)
+    elsewhere = (busy_elsewhere_s() - before) / (time.perf_counter() - start)
+    return row | {"cores_elsewhere": max(0.0, elsewhere)}
+
+
+def busy_elsewhere_s(path: Path = Path("/proc/stat")) -> float:
+    """Processor time since boot, of all cores, less that of this process and its ended children."""
+    fields = path.read_text().splitlines()[0].split()[1:]
+    # user, nice, system, then idle and waiting, then interrupts and what the host took away.
+    busy = sum(int(fields[i]) for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])
 
 
 def output_of(command: list[str], environ: dict[str, str]) -> str:

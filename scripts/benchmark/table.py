@@ -88,12 +88,15 @@ def notes(rows: Sequence[Row]) -> list[str]:
         for name in ("matmul_gflop_s", "read_gb_s", "copy_gb_s")
     }
     low, high = ({k: f(v) for k, v in spread.items()} for f in (min, max))
+    elsewhere = [row["cores_elsewhere"] for row in rows]
     result = [
         f"- {'; '.join(sorted({row['cpu'] for row in rows}))}, "
         f"{_set(row['threads'] for row in rows)} threads, float32; "
         f"{_set(repeats)} repetitions of each, {starts[0]} to {starts[-1]}, at "
         f"{', '.join(commits)}{' with uncommitted changes' if dirty else ''}",
         f"- limits before each mode: slowest {limits_line(low)}; fastest {limits_line(high)}",
+        f"- cores that other programs kept busy meanwhile: {min(elsewhere):.2f} to "
+        f"{max(elsewhere):.2f}",
         f"- {', '.join(f'{name} {number}' for name, number in versions.items())}",
     ]
     if any(row["quick"] for row in rows):

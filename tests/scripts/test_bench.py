@@ -144,6 +144,7 @@ def row(mode="decode1", quick=False, ours=(1.0, 2.0, 4.0), theirs=(3.0, 3.0, 3.0
         "threads": 2,
         "cpu": cpu,
         "git": {"commit": "a" * 40, "dirty": False},
+        "cores_elsewhere": 0.25,
         "limits": {"matmul_gflop_s": 100.0, "read_gb_s": 20.0, "copy_gb_s": 10.0},
         "ours": side(ours, 1_500_000_000, {"jax": "1"}),
         "theirs": side(theirs, 2_000_000_000, {"torch": "2"}),
@@ -178,7 +179,8 @@ def test_the_table_shows_the_last_measured_row_of_each_mode(tmp_path, capsys):
     assert lines[3].startswith("| decode, batch 8 |")
     assert {line.count("|") for line in lines[:4]} == {10}
     assert "CPU; new, 2 threads, float32; 3 repetitions" in lines[5]
-    assert "torch 2" in lines[7]
+    assert lines[7].endswith("meanwhile: 0.25 to 0.25")
+    assert "torch 2" in lines[8]
     assert not any("quick" in line for line in lines)
 
 
@@ -212,3 +214,14 @@ def test_a_step_keeps_tokens_and_losses_of_its_examples():
     assert batch["tokens"].tolist() == [ids[0] + ids[1], ids[2] + [0] * 4]
     assert np.count_nonzero(batch["weights"]) == 4 + 2 + 3
     assert batch["weights"].sum() == pytest.approx(1)
+
+
+def test_the_work_of_others_is_not_our_own(tmp_path):
+    """100 ticks a second or what the system says; idle, waiting and guest time do not count."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    counts = [1000, 20, 300, 10**9, 10**9, 4, 5, 6, 10**9, 10**9]
+    path = tmp_path / "stat"
+    path.write_text("cpu  " + " ".join(str(n * ticks) for n in counts) + "\ncpu0 1 2 3\n")
+    before = sum(os.times()[:4])
+    found = bench.busy_elsewhere_s(path)
+    assert 1335 - sum(os.times()[:4]) <= found <= 1335 - before
