@@ -22,6 +22,7 @@ from research import hub
 from research.decode import PromptError, Sampling, generate
 from research.decode.text import TextStream
 from research.hub.download import DownloadError, cache_directory, smollm2
+from research.models.decoder import unstack
 from research.tokenize.chat import ChatTemplateError, render
 from research.weights import lora
 
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     chat = Chat(
         model=pretrained.model,
-        params=for_decoding(pretrained.params),
+        params=unstack(pretrained.params),
         tokenizer=pretrained.tokenizer,
         sampling=Sampling(
             temperature=options.temperature,
