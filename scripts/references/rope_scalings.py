@@ -1,11 +1,12 @@
-"""What `transformers` computes for RoPE scalings: the table of tests/models/test_rope_reference.py.
+"""What `transformers` computes for RoPE scalings: tests/models/fixtures/rope_scalings.json.
 
     .references/venv/bin/python scripts/references/rope_scalings.py
 
-Prints {case: (rope_parameters, head size, frequencies, attention factor)} for a LlamaConfig.
+Writes {case: [rope_parameters, head size, frequencies, attention factor]} for a LlamaConfig.
 """
 
-from pprint import pprint
+import json
+from pathlib import Path
 
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -56,6 +57,7 @@ CASES = {
     ),
 }
 LENGTH = 4096  # max_position_embeddings
+FIXTURE = Path(__file__).parents[2] / "tests/models/fixtures/rope_scalings.json"
 
 if __name__ == "__main__":
     table = {}
@@ -68,4 +70,5 @@ if __name__ == "__main__":
         )
         frequencies, factor = ROPE_INIT_FUNCTIONS[given["rope_type"]](config, "cpu")
         table[name] = given, size, [float(f"{x:.8g}") for x in frequencies.tolist()], factor
-    pprint(table, width=96, compact=True, sort_dicts=False)
+    FIXTURE.parent.mkdir(exist_ok=True)
+    FIXTURE.write_text(json.dumps(table, indent=1) + "\n")
