@@ -82,6 +82,9 @@ def generate(
     """
     config = model.config
     check_prompts(prompts, config.vocab_size, config.max_length, sampling.max_tokens)
+    every = sampling.max_tokens if callback is None else stream_every
+    if every < 1:
+        raise ValueError(f"stream_every must be at least 1, got {stream_every}")
     width = bucket(max(len(prompt) for prompt in prompts))
     tokens, segments = left_padded(prompts, width, pad_id)
     params = in_layers(params)
@@ -90,9 +93,6 @@ def generate(
     slots = bucket(width + sampling.max_tokens, least=64, steps=2)
     keys = row_keys(rng, len(prompts))
     state = read(model, params, tokens, segments, keys, filters, stop, slots, pad_id)
-    every = sampling.max_tokens if callback is None else stream_every
-    if every < 1:
-        raise ValueError(f"stream_every must be at least 1, got {stream_every}")
     told = 0
     while True:
         limit = min(told + every, sampling.max_tokens)

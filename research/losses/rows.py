@@ -75,13 +75,13 @@ def compact(hidden: Array, targets: Array, weights: Array, chunk: int | None) ->
     weights = jnp.pad(weights, ((0, 0), (0, -T % chunk)))
     order = jnp.argsort(weights == 0, axis=1, stable=True)
     source = jnp.minimum(order, T - 1)
+    weights = jnp.take_along_axis(weights, order, axis=1)
     taken = jnp.take_along_axis(hidden, source[..., None], axis=1)
-    counted = jnp.take_along_axis(weights, order, axis=1) != 0
     return Rows(
         # What carries no loss may hold anything: 0 * inf would be nan in the head's gradient.
-        hidden=jnp.where(counted[..., None], taken, 0),
+        hidden=jnp.where((weights != 0)[..., None], taken, 0),
         targets=jnp.take_along_axis(targets, source, axis=1),
-        weights=jnp.take_along_axis(weights, order, axis=1),
+        weights=weights,
         order=order,
         chunk=chunk,
         length=T,
