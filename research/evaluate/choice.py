@@ -1,8 +1,9 @@
 """Multiple choice by the log-probability of each option, as language models are usually examined.
 
 For each option three scores are compared: log p(option | prompt), that divided by the option's
-tokens, and that divided by its UTF-8 bytes (like the length-normalised accuracy of the Language Model
-Evaluation Harness, which counts characters and not the space before an option). The option with the largest score is the answer; the first of equals.
+tokens, and that divided by its UTF-8 bytes (like the length-normalised accuracy of the Language
+Model Evaluation Harness, which counts characters and not the space before an option). The option
+with the largest score is the answer; the first of equals.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python -m scripts.benchmark.ours WORKLOAD MODE [THREADS]
 
-Nothing here is faster than what a user gets: `generate`, and `make_step` with the fused loss. XLA uses as many threads as the process may have cores.
+Nothing here is faster than what a user gets: `generate`, and `make_step` with the fused loss. XLA
+uses as many threads as the process may have cores.
 """
 
 from __future__ import annotations
