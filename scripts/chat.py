@@ -20,6 +20,7 @@ import jax
 
 from research import hub
 from research.decode import PromptError, Sampling, generate
+from research.decode.generate import for_decoding
 from research.decode.text import TextStream
 from research.hub.download import DownloadError, cache_directory, smollm2
 from research.models.decoder import unstack
