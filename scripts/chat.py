@@ -23,7 +23,6 @@ from research.decode import PromptError, Sampling, generate
 from research.decode.generate import for_decoding
 from research.decode.text import TextStream
 from research.hub.download import DownloadError, cache_directory, smollm2
-from research.models.decoder import unstack
 from research.tokenize.chat import ChatTemplateError, render
 from research.weights import lora
 
@@ -162,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     chat = Chat(
         model=pretrained.model,
-        params=unstack(pretrained.params),
+        params=for_decoding(pretrained.params),
         tokenizer=pretrained.tokenizer,
         sampling=Sampling(
             temperature=options.temperature,

@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 setup_environment .venv requirements.txt
 
-exec .venv/bin/python -m scripts.quickstart "$@"
+exec bash scripts/cpu.sh .venv/bin/python -m scripts.quickstart "$@"

@@ -9,7 +9,7 @@ same parameters (`scan=False`), in which intermediate values can be printed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -331,15 +331,15 @@ def unstack(tree: Params) -> Params:
     A scanned stack reads each layer's matrices through a copy; separate arrays are read in place.
     """
     return {
-        name: split_layers(value) if name.startswith("stack_") else value
+        name: tuple(split_layers(value)) if name.startswith("stack_") else value
         for name, value in tree.items()
     }
 
 
-def split_layers(stacked: Params) -> tuple:
-    """A stacked tree [L, ...] as a tuple of L trees."""
+def split_layers(stacked: Params) -> Iterator[Params]:
+    """A stacked tree [L, ...] as L trees, one after another."""
     count = jax.tree.leaves(stacked)[0].shape[0]
-    return tuple(layer(stacked, index) for index in range(count))
+    return (layer(stacked, index) for index in range(count))
 
 
 def empty_cache(

@@ -21,7 +21,7 @@ import numpy as np
 from research import hub
 from research.data import packing, source
 from research.data.supervised import Example, shift
-from research.decode.generate import Generation, generate
+from research.decode.generate import Generation, for_decoding, generate
 from research.decode.sampling import Sampling
 from research.models.decoder import Decoder, unstack
 from research.objectives import next_token
@@ -47,7 +47,11 @@ def load(work: Work) -> tuple[Decoder, Params]:
 def decode(work: Work, rows: int) -> tuple[dict[str, Any], Repeat]:
     """The time of `new_tokens` tokens after the first: that of all, less that of one alone."""
     model, params = load(work)
-    params, prompts, count = unstack(params), work["prompts"][:rows], work["sizes"]["new_tokens"]
+    params, prompts, count = (
+        for_decoding(params),
+        work["prompts"][:rows],
+        work["sizes"]["new_tokens"],
+    )
 
     def continued(tokens: int) -> np.ndarray:
         sampling = Sampling(temperature=0.0, max_tokens=tokens)
@@ -65,7 +69,7 @@ def decode(work: Work, rows: int) -> tuple[dict[str, Any], Repeat]:
 def prefill(work: Work) -> tuple[dict[str, Any], Repeat]:
     """The prompt into a new cache, the logits of its last position, and the token they choose."""
     model, params = load(work)
-    params, prompt = unstack(params), work["prefill"]
+    params, prompt = for_decoding(params), work["prefill"]
     sampling = Sampling(temperature=0.0, max_tokens=1)
 
     def run() -> Generation:
@@ -105,7 +109,8 @@ def training(
 ) -> tuple[dict[str, Any], Repeat]:
     """A repetition is one optimizer step for each batch. Check: the loss before the first step."""
     model, params = load(work)
-    trainable, frozen = partition(params if adapt is None else adapt(params), rule)
+    params = unstack(params if adapt is None else adapt(params))
+    trainable, frozen = partition(params, rule)
     adamw = optimizer(AdamW(lr=1e-5, weight_decay=0.01, clip_norm=None), trainable)
     step = make_step(next_token(model), adamw)
     state = initial_state(trainable, adamw, jax.random.key(0))
