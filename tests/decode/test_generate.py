@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from research.decode import Generation, PromptError, Sampling, generate
-from research.decode.generate import advance
+from research.decode.generate import advance, for_decoding
 from research.decode.prompts import bucket, left_padded
 from research.models import decoder
 from research.models.attention import Attention
 from research.models.layers import GatedMlp
+from research.weights import lora, merge
+from research.weights.base import is_weight
 
 V, D = 60, 32
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [59, 0]]
@@ -125,9 +127,24 @@ def test_stop_ids_end_a_row_and_are_kept(model, params, greedy):
     assert isinstance(out, Generation) and out.tokens.shape == (4, 12)
 
 
-def test_unstacked_parameters_give_the_same(model, params, greedy):
-    out = generate(model, decoder.unstack(params), PROMPTS, jax.random.key(0), GREEDY)
+@pytest.mark.parametrize("form", [decoder.unstack, for_decoding])
+def test_parameters_in_another_form_give_the_same(model, params, greedy, form):
+    out = generate(model, form(params), PROMPTS, jax.random.key(0), GREEDY)
     np.testing.assert_array_equal(out.tokens, greedy.tokens)
+
+
+def test_an_adapter_not_merged_decodes_like_the_merged_matrices(model, params):
+    tuned = lora.add(params, r".*/kernel", jax.random.key(2), rank=2)
+    tuned = jax.tree.map(
+        lambda w: w.replace(b=w.b + 0.1) if isinstance(w, lora.LoRA) else w,
+        tuned,
+        is_leaf=is_weight,
+    )
+    got, want = (
+        generate(model, form, PROMPTS, jax.random.key(0), GREEDY) for form in (tuned, merge(tuned))
+    )
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-3)
 
 
 def test_numbers_of_the_sampling_compile_nothing_new(model, params):
