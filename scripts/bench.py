@@ -142,6 +142,7 @@ def measure(mode: str, options: argparse.Namespace, workload: str, environ: dict
         "quick": options.quick,
         "threads": options.threads,
         "cpu": environment.cpu_model(),
+        "allocator": environ.get("GLIBC_TUNABLES", ""),
         "git": environment.commit(),
         "limits": json.loads(output_of(limits, environ)),
     }

@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     chat = Chat(
         model=pretrained.model,
-        params=for_decoding(pretrained.params),
+        params=for_decoding(pretrained.params, donate=True),
         tokenizer=pretrained.tokenizer,
         sampling=Sampling(
             temperature=options.temperature,
@@ -175,7 +175,6 @@ def main(argv: list[str] | None = None) -> int:
         system=options.system,
         seed=options.seed,
     )
-    del pretrained  # the stacked copy of the parameters
     print("Compiling at the first answer takes some seconds. /quit leaves.", flush=True)
     chat.run(typed())
     return 0

@@ -21,7 +21,7 @@ from jax import lax
 from research.decode.prompts import bucket, check_prompts, left_padded
 from research.decode.sampling import Filters, Sampling, choose, log_prob
 from research.models.attention import Cache
-from research.models.decoder import Decoder, empty_cache, split_layers, unstack
+from research.models.decoder import Decoder, empty_cache, unstack
 from research.types import Array, Params
 from research.weights.transposed import transpose
 
@@ -105,15 +105,13 @@ def generate(
             return finished(state, sampling.max_tokens)
 
 
-def for_decoding(params: Params) -> Params:
+def for_decoding(params: Params, donate: bool = False) -> Params:
     """Parameters as decoding reads them fastest, a copy: one tree a layer (a scanned stack is read
-    through a copy in every step) and, on a CPU, the stacks' matrices transposed."""
+    through a copy in every step) and, on a CPU, the stacks' matrices transposed. With `donate` the
+    stacks of `params` are given up on the way, and no two copies exist together."""
     if jax.default_backend() != "cpu":
-        return unstack(params)
-    return {
-        name: tuple(map(transpose, split_layers(value))) if name.startswith("stack_") else value
-        for name, value in params.items()
-    }
+        return unstack(params, donate=donate)
+    return unstack(params, transpose, donate)
 
 
 def in_layers(params: Params) -> bool:

@@ -9,7 +9,7 @@ same parameters (`scan=False`), in which intermediate values can be printed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from research.models.attention import Attention, Cache, Inputs, LayerCache
 from research.models.layers import Embedding, RMSNorm
 from research.models.position import NoPosition, Rope
 from research.types import Array, Params
+from research.weights.base import is_weight
 
 Residual = Callable[[nn.Module, Callable[[Array], Array], Array], Array]
 
@@ -325,21 +326,33 @@ def count_parameters(model: Decoder) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def unstack(tree: Params) -> Params:
+def unstack(
+    tree: Params, change: Callable[[Any], Any] = lambda w: w, donate: bool = False
+) -> Params:
     """Every stack_* entry as a tuple of one tree per layer: what decoding on a CPU wants.
 
     A scanned stack reads each layer's matrices through a copy; separate arrays are read in place.
+    `change` is applied to each layer's matrices and Weights. With `donate` the stacked arrays are
+    deleted one after another, so that no second copy of the parameters ever exists.
     """
     return {
-        name: tuple(split_layers(value)) if name.startswith("stack_") else value
+        name: split_layers(value, change, donate) if name.startswith("stack_") else value
         for name, value in tree.items()
     }
 
 
-def split_layers(stacked: Params) -> Iterator[Params]:
-    """A stacked tree [L, ...] as L trees, one after another."""
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    return (layer(stacked, index) for index in range(count))
+def split_layers(stacked: Params, change: Callable[[Any], Any], donate: bool) -> tuple[Params, ...]:
+    """A stacked tree [L, ...] as L trees."""
+
+    def split(node: Any) -> list:
+        count = jax.tree.leaves(node)[0].shape[0]
+        layers = jax.block_until_ready([change(layer(node, index)) for index in range(count)])
+        if donate:
+            jax.tree.map(lambda leaf: leaf.delete(), node)
+        return layers
+
+    nodes, tree = jax.tree.flatten(stacked, is_leaf=is_weight)
+    return tuple(map(tree.unflatten, zip(*map(split, nodes), strict=True)))
 
 
 def empty_cache(

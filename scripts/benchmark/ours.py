@@ -47,11 +47,8 @@ def load(work: Work) -> tuple[Decoder, Params]:
 def decode(work: Work, rows: int) -> tuple[dict[str, Any], Repeat]:
     """The time of `new_tokens` tokens after the first: that of all, less that of one alone."""
     model, params = load(work)
-    params, prompts, count = (
-        for_decoding(params),
-        work["prompts"][:rows],
-        work["sizes"]["new_tokens"],
-    )
+    params = for_decoding(params, donate=True)
+    prompts, count = work["prompts"][:rows], work["sizes"]["new_tokens"]
 
     def continued(tokens: int) -> np.ndarray:
         sampling = Sampling(temperature=0.0, max_tokens=tokens)
@@ -69,7 +66,7 @@ def decode(work: Work, rows: int) -> tuple[dict[str, Any], Repeat]:
 def prefill(work: Work) -> tuple[dict[str, Any], Repeat]:
     """The prompt into a new cache, the logits of its last position, and the token they choose."""
     model, params = load(work)
-    params, prompt = for_decoding(params), work["prefill"]
+    params, prompt = for_decoding(params, donate=True), work["prefill"]
     sampling = Sampling(temperature=0.0, max_tokens=1)
 
     def run() -> Generation:

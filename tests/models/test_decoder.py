@@ -35,6 +35,13 @@ def apply(params, tokens, model=MODEL, **more):
     return model.apply({"params": params}, tokens, **more)
 
 
+def test_unstacking_can_give_the_stacks_up(params, tokens):
+    given = jax.tree.map(jnp.copy, params)
+    split = decoder.unstack(given, donate=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given["stack_0"]))
+    np.testing.assert_array_equal(apply(split, tokens), apply(decoder.unstack(params), tokens))
+
+
 def test_unscanned_and_unstacked_equal_scanned(params, tokens):
     want = apply(params, tokens)
     loop = decoder.Decoder(dataclasses.replace(CONFIG, scan=False))

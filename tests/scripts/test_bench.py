@@ -143,6 +143,7 @@ def row(mode="decode1", quick=False, ours=(1.0, 2.0, 4.0), theirs=(3.0, 3.0, 3.0
         "started": "2026-01-01T00:00:00+00:00",
         "threads": 2,
         "cpu": cpu,
+        "allocator": "",
         "git": {"commit": "a" * 40, "dirty": False},
         "cores_elsewhere": 0.25,
         "limits": {"matmul_gflop_s": 100.0, "read_gb_s": 20.0, "copy_gb_s": 10.0},
@@ -179,8 +180,9 @@ def test_the_table_shows_the_last_measured_row_of_each_mode(tmp_path, capsys):
     assert lines[3].startswith("| decode, batch 8 |")
     assert {line.count("|") for line in lines[:4]} == {10}
     assert "CPU; new, 2 threads, float32; 3 repetitions" in lines[5]
-    assert lines[7].endswith("meanwhile: 0.25 to 0.25")
-    assert "torch 2" in lines[8]
+    assert lines[6] == "- both sides under GLIBC_TUNABLES unset"
+    assert lines[8].endswith("meanwhile: 0.25 to 0.25")
+    assert "torch 2" in lines[9]
     assert not any("quick" in line for line in lines)
 
 
