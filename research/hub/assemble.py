@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from research.hub.checkpoint import Checkpoint, CheckpointError
 from research.models.families.checkpoint import Entry
@@ -25,15 +27,23 @@ DERIVED = (".rotary_emb.inv_freq",)  # buffers in old checkpoints that follow fr
 
 @dataclass(frozen=True)
 class Part:
-    """What one checkpoint tensor is in our tree: a leaf, or one layer of a stacked leaf."""
+    """What a checkpoint tensor, or some columns of it, is in our tree.
+
+    layer is None for a leaf that is not stacked. shape is the tensor's, as the checkpoint holds it.
+    """
 
     entry: Entry
     layer: int | None
-    shape: tuple[int, ...]  # as the checkpoint holds it
+    shape: tuple[int, ...]
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor of the checkpoint -> what is ours of it, [in, out]."""
+        ours = tensor.T if self.entry.transpose else tensor
+        return ours if self.entry.columns is None else self.entry.columns.of(ours)
 
 
-def parts(entries: Sequence[Entry], shapes: Params) -> dict[str, Part]:
-    """{checkpoint name: part} for a tree of arrays or ShapeDtypeStructs.
+def parts(entries: Sequence[Entry], shapes: Params) -> dict[str, tuple[Part, ...]]:
+    """{checkpoint name: what it holds} for a tree of arrays or ShapeDtypeStructs.
 
     Raises CheckpointError when the name map and the tree do not cover each other.
     """
@@ -45,17 +55,42 @@ def parts(entries: Sequence[Entry], shapes: Params) -> dict[str, Part]:
             f"no checkpoint name for {_some(leaves.keys() - mapped)}; "
             f"no parameter at {_some(mapped - leaves.keys())}"
         )
-    found = {}
+    found: dict[str, tuple[Part, ...]] = {}
     for entry in entries:
         shape = leaves[entry.path]
-        inner = shape[1:] if entry.stacked else shape
-        inner = inner[::-1] if entry.transpose else inner
+        whole = _whole(entry, shape[1:] if entry.stacked else shape)
         for layer in range(shape[0]) if entry.stacked else (None,):
-            found[entry.name.format(layer=layer)] = Part(entry, layer, inner)
+            name = entry.name.format(layer=layer)
+            found[name] = (*found.get(name, ()), Part(entry, layer, whole))
+    for name, held in found.items():
+        _require_cover(name, held)
     return found
 
 
-def require_agreement(checkpoint: Checkpoint, expected: dict[str, Part]) -> None:
+def _whole(entry: Entry, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the tensor that holds a leaf (or layer of one) of shape `ours`."""
+    if entry.columns is not None:
+        ours = (*ours[:-1], entry.columns.packed(ours[-1]))
+    return ours[::-1] if entry.transpose else ours
+
+
+def _require_cover(name: str, held: tuple[Part, ...]) -> None:
+    """CheckpointError unless the parts of one tensor are all of it, once, and agree on its shape."""
+    columns = sorted(
+        (c.start, c.stop, c.size) for part in held if (c := part.entry.columns) is not None
+    )
+    whole = len(held) == 1 and not columns
+    if not whole and (
+        len({part.shape for part in held}) != 1
+        or len(columns) != len(held)
+        or [start for start, _, _ in columns] != [0, *(stop for _, stop, _ in columns[:-1])]
+        or {columns[-1][1]} != {size for _, _, size in columns}
+    ):
+        paths = sorted(part.entry.path for part in held)
+        raise CheckpointError(f"the name map makes {name} of parts that do not fit: {_some(paths)}")
+
+
+def require_agreement(checkpoint: Checkpoint, expected: dict[str, tuple[Part, ...]]) -> None:
     """CheckpointError naming every kind of difference in names and shapes."""
     where = checkpoint.path
     present = {name for name in checkpoint.shapes if not name.endswith(DERIVED)}
@@ -67,10 +102,10 @@ def require_agreement(checkpoint: Checkpoint, expected: dict[str, Part]) -> None
     if surplus:
         problems.append(f"holds {len(surplus)} weights with no place: {_some(surplus)}")
     for name in sorted(expected.keys() & present):
-        if checkpoint.shapes[name] != expected[name].shape:
+        found, wanted = checkpoint.shapes[name], expected[name][0].shape
+        if found != wanted:
             problems.append(
-                f"{name} has shape {list(checkpoint.shapes[name])}, "
-                f"expected {list(expected[name].shape)} from the config"
+                f"{name} has shape {list(found)}, expected {list(wanted)} from the config"
             )
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -78,10 +113,10 @@ def require_agreement(checkpoint: Checkpoint, expected: dict[str, Part]) -> None
 
 
 def _copies_of_tied(
-    checkpoint: Checkpoint, expected: dict[str, Part], surplus: set[str]
+    checkpoint: Checkpoint, expected: dict[str, tuple[Part, ...]], surplus: set[str]
 ) -> set[str]:
     """A head written out although it is tied is fine as long as it is the embedding table."""
-    tables = [name for name, part in expected.items() if part.entry.path == "embed/table"]
+    tables = [name for name, held in expected.items() if held[0].entry.path == "embed/table"]
     if not tables or "lm_head.weight" not in surplus or tables[0] not in checkpoint.shapes:
         return set()
     table, head = checkpoint.read(tables[0]), checkpoint.read("lm_head.weight")
@@ -89,31 +124,55 @@ def _copies_of_tied(
 
 
 def assemble(
-    checkpoint: Checkpoint, entries: Sequence[Entry], shapes: Params, dtype: Any = jnp.float32
+    checkpoint: Checkpoint,
+    entries: Sequence[Entry],
+    shapes: Params,
+    dtype: Any = jnp.float32,
+    shardings: Params | None = None,
 ) -> Params:
-    """The parameter tree of a checkpoint; one tensor at a time is held besides it.
+    """The parameter tree of a checkpoint, each leaf where `shardings` puts it.
 
-    shapes: the tree of ShapeDtypeStructs to fill. Stacked leaves are filled layer by layer.
+    shapes: the tree of ShapeDtypeStructs to fill. Besides the tree, one leaf's shard and one tensor
+    are held: leaves are filled shard by shard and layer by layer.
     """
     expected = parts(entries, shapes)
     require_agreement(checkpoint, expected)
     by_path: dict[str, list[tuple[str, Part]]] = {}
-    for name, part in expected.items():
-        by_path.setdefault(part.entry.path, []).append((name, part))
+    for name, held in expected.items():
+        for part in held:
+            by_path.setdefault(part.entry.path, []).append((name, part))
 
-    def fill(path: str, shape: tuple[int, ...]) -> jax.Array:
-        whole = np.empty(shape, dtype)
-        for name, part in by_path[path]:
-            array = checkpoint.read(name)
-            whole[... if part.layer is None else part.layer] = (
-                array.T if part.entry.transpose else array
-            )
-        return jnp.asarray(whole)
+    def fill(path: str, shape: tuple[int, ...], home: Sharding) -> jax.Array:
+        read = partial(_read_shard, checkpoint, by_path[path], shape, dtype)
+        return jax.make_array_from_callback(shape, home, read, dtype=dtype)
 
     leaves, tree = jax.tree.flatten(shapes)
     paths = [path for path, _ in named_leaves(shapes)]
-    filled = [fill(path, leaf.shape) for path, leaf in zip(paths, leaves, strict=True)]
+    here = SingleDeviceSharding(jax.devices()[0])
+    homes = [here] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+    filled = [
+        fill(path, leaf.shape, home) for path, leaf, home in zip(paths, leaves, homes, strict=True)
+    ]
     return jax.tree.unflatten(tree, filled)
+
+
+def _read_shard(
+    checkpoint: Checkpoint,
+    tensors: Sequence[tuple[str, Part]],
+    shape: tuple[int, ...],
+    dtype: Any,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part `index` of a leaf of `shape`, whose layers are `tensors`, read one by one."""
+    bounds = [range(size)[cut] for size, cut in zip(shape, index, strict=True)]
+    shard = np.empty([len(one) for one in bounds], dtype)
+    for name, part in tensors:
+        if part.layer is None:
+            shard[...] = part.read(checkpoint.read(name))[index]
+        elif part.layer in bounds[0]:
+            row = part.layer - bounds[0].start
+            shard[row] = part.read(checkpoint.read(name))[index[1:]]
+    return shard
 
 
 def disassemble(
@@ -121,24 +180,36 @@ def disassemble(
 ) -> tuple[dict[str, tuple[tuple[int, ...], np.dtype]], Iterator[tuple[str, np.ndarray]]]:
     """({name: (shape, dtype)}, the tensors one by one in the same order), as a checkpoint has them.
 
-    Weights are merged into the matrices they stand for, one leaf at a time.
+    Weights are merged into the matrices they stand for, the leaves of one tensor at a time.
     """
     merged = jax.eval_shape(merge, params)
     expected = parts(entries, merged)
     dtypes = {path: np.dtype(leaf.dtype) for path, leaf in named_leaves(merged)}
-    specs = {name: (part.shape, dtypes[part.entry.path]) for name, part in expected.items()}
+    specs = {name: (held[0].shape, dtypes[held[0].entry.path]) for name, held in expected.items()}
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         leaves = dict(named_leaves(params, is_leaf=is_weight))
-        path, whole = None, None
-        for name, part in expected.items():
-            if part.entry.path != path:
-                path = part.entry.path
-                whole = np.asarray(merge(leaves[path]))
-            array = whole if part.layer is None else whole[part.layer]
-            yield name, np.ascontiguousarray(array.T if part.entry.transpose else array)
+        wholes: dict[str, np.ndarray] = {}
+        for name, held in expected.items():
+            paths = [part.entry.path for part in held]
+            if wholes.keys() != set(paths):
+                wholes = {path: np.asarray(merge(leaves[path])) for path in paths}
+            yield name, _pack(held, wholes, specs[name][1])
 
     return specs, tensors()
+
+
+def _pack(held: tuple[Part, ...], wholes: dict[str, np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """One checkpoint tensor from the leaves it holds."""
+    arrays = [wholes[part.entry.path][... if part.layer is None else part.layer] for part in held]
+    entry = held[0].entry
+    if entry.columns is None:
+        return np.ascontiguousarray(arrays[0].T if entry.transpose else arrays[0])
+    shape = held[0].shape[::-1] if entry.transpose else held[0].shape
+    tensor = np.empty(shape, dtype)
+    for part, array in zip(held, arrays, strict=True):
+        part.entry.columns.put(tensor, array)
+    return np.ascontiguousarray(tensor.T) if entry.transpose else tensor
 
 
 def _some(names: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from research.hub import huggingface
 from research.hub.assemble import assemble, disassemble
@@ -19,9 +20,10 @@ from research.hub.gguf import open_gguf
 from research.hub.gguf_tokenizer import tokenizer_of
 from research.hub.replace import left_behind, replacing
 from research.models import families
-from research.models.decoder import Decoder, init
+from research.models.decoder import Decoder, axes, head_size, init
 from research.models.families.checkpoint import ConfigError
 from research.tokenize.tokenizer import Tokenizer
+from research.train.sharding import shardings
 from research.types import Array, Params
 
 MAX_SHARD_BYTES = 2 * 1000**3
@@ -60,10 +62,11 @@ def _logits(model: Decoder, params: Params, tokens: Array) -> Array:
     return model.apply({"params": params}, tokens)
 
 
-def load(path: str | Path, dtype: Any = jnp.float32) -> Pretrained:
+def load(path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Pretrained:
     """A model from a Hugging Face directory or a .gguf file, parameters in `dtype`.
 
-    Raises CheckpointError (or TokenizerError) naming the file and what is wrong with it, before
+    With a `mesh` (`train.sharding.make_mesh`) each parameter is read straight into its shards, and
+    no device or host holds the whole model; heads stay whole. Raises CheckpointError (or TokenizerError) naming the file and what is wrong with it, before
     any parameter is allocated.
     """
     path = Path(path)
@@ -82,17 +85,21 @@ def load(path: str | Path, dtype: Any = jnp.float32) -> Pretrained:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}"
         )
-    model, params = build(checkpoint, dtype)
+    model, params = build(checkpoint, dtype, mesh)
     return Pretrained(model, params, tokenizer, checkpoint.config, generation)
 
 
-def build(checkpoint: Checkpoint, dtype: Any) -> tuple[Decoder, Params]:
+def build(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None = None) -> tuple[Decoder, Params]:
     """The model that a checkpoint's config describes and its parameters.
 
     CheckpointError, naming file and field, for a config that is ill-typed or contradicts itself.
     """
     family, model, shapes = describe(checkpoint)
-    return model, assemble(checkpoint, family.name_map(model.config), shapes, dtype)
+    homes = None
+    if mesh is not None:
+        units = dict.fromkeys(("heads", "kv_heads"), head_size(model.config))
+        homes, _ = shardings(axes(model), shapes, mesh, units=units)
+    return model, assemble(checkpoint, family.name_map(model.config), shapes, dtype, homes)
 
 
 def describe(checkpoint: Checkpoint) -> tuple[ModuleType, Decoder, Params]:
