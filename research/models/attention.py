@@ -69,6 +69,9 @@ class Attention(nn.Module):
 
     bias: on q, k and v; out_bias: on the output projection. window: keys each query sees, itself
     included (None: all). scale: of q·k, 1/sqrt(H) when None.
+
+    Keys and values are made of x, or in cross-attention of `memory` [B, S, D]; then they come back
+    in the place of the cache, and `memory` may be what came back before.
     """
 
     heads: int
@@ -81,24 +84,38 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, inputs: Inputs, cache: LayerCache | None = None
+        self,
+        x: Array,
+        inputs: Inputs,
+        cache: LayerCache | None = None,
+        memory: Array | LayerCache | None = None,
     ) -> tuple[Array, LayerCache | None]:
         B, T, D = x.shape
         q = self._heads("q", self.heads, "heads")(x).reshape(B, T, self.heads, self.head_size)
-        k = self._heads("k", self.kv_heads, "kv_heads")(x).reshape(B, T, -1, self.head_size)
-        v = self._heads("v", self.kv_heads, "kv_heads")(x).reshape(B, T, -1, self.head_size)
         q = inputs.position.rotate(q, inputs.tables)
-        k = inputs.position.rotate(k, inputs.tables)
+        if isinstance(memory, LayerCache):
+            k, v = memory.keys.astype(q.dtype), memory.values.astype(q.dtype)
+        else:
+            k, v = self._keys_values(x if memory is None else memory)
+            k = inputs.position.rotate(k, inputs.tables)
         mask, slopes = inputs.mask, inputs.position.slopes(self.heads)
         if slopes is not None:
             mask = mask.replace(slopes=slopes)
         if self.window is not None:
             mask = mask.replace(window=self.window)
-        if cache is not None:
+        if memory is not None:
+            cache = LayerCache(k, v)
+        elif cache is not None:
             cache = write(cache, k, v, mask.offset)
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
         y = inputs.attend(q, k, v, mask, self.scale).reshape(B, T, -1)
         return Linear(D, ("heads", "embed"), self.out_bias, name="o")(y), cache
+
+    def _keys_values(self, x: Array) -> tuple[Array, Array]:
+        """[B, S, K, H] each."""
+        k, v = (self._heads(name, self.kv_heads, "kv_heads")(x) for name in "kv")
+        shape = (*x.shape[:2], self.kv_heads, self.head_size)
+        return k.reshape(shape), v.reshape(shape)
 
     def _heads(self, name: str, count: int, axis: str) -> Linear:
         return Linear(count * self.head_size, ("embed", axis), self.bias, name=name)
