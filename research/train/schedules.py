@@ -5,7 +5,7 @@ the peak is reached by the last step of the warmup. Decay is measured from the e
 step `warmup_steps` is at the peak, step `steps` (the first one after training) at `end`.
 
     Cosine             Loshchilov & Hutter 2017 (arXiv:1608.03983), one cycle, no restarts
-    InverseSquareRoot  Vaswani et al. 2017, section 5.3, with the peak named instead of D^-1/2
+    InverseSquareRoot  Vaswani et al. 2017 (arXiv:1706.03762), section 5.3
     WarmupStableDecay  Hu et al. 2024, MiniCPM (arXiv:2404.06395), with a linear decay
 """
 
@@ -65,10 +65,19 @@ class Cosine:
 
 @dataclass(frozen=True)
 class InverseSquareRoot:
-    """peak * sqrt(warmup_steps / (step + 1)) once warm."""
+    """peak * sqrt(warmup_steps / (step + 1)) once warm.
+
+    The paper's D^-0.5 min(t^-0.5, t warmup^-1.5), t counted from 1, is `of_width`: a peak of
+    (D warmup)^-0.5.
+    """
 
     peak: float
     warmup_steps: int = 1
+
+    @classmethod
+    def of_width(cls, width: int, warmup_steps: int, factor: float = 1.0) -> InverseSquareRoot:
+        """`factor` times the paper's rate for a model of that width."""
+        return cls(factor * (width * warmup_steps) ** -0.5, warmup_steps)
 
     def __call__(self, step: Array) -> Array:
         warm = max(self.warmup_steps, 1)

@@ -28,6 +28,17 @@ def test_hand_numbers(schedule, expected):
     assert got == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_rate_of_the_2017_transformer():
+    rate = InverseSquareRoot.of_width(512, 4000)
+    # 512^-0.5 = 0.0441942, and 4000^0.5 = 63.2456: t = 1, 4000, 16,000 and 100,000.
+    expected = {0: 1.746928e-7, 3999: 6.987712e-4, 15_999: 3.493856e-4, 99_999: 1.397542e-4}
+    assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, rel=1e-6)
+    for t in (1, 17, 3999, 4001, 9999):
+        paper = 512**-0.5 * min(t**-0.5, t * 4000**-1.5)
+        assert float(rate(t - 1)) == pytest.approx(paper, rel=1e-5)
+    assert float(InverseSquareRoot.of_width(512, 4000, 2.0)(16)) == 2 * float(rate(16))
+
+
 def test_the_first_step_is_never_dead():
     for schedule in (Constant(1.0, 100), Linear(1.0, 200, 100), Cosine(1.0, 200, 100)):
         assert float(schedule(0)) == pytest.approx(0.01)
