@@ -14,6 +14,7 @@ from research.kernels.select import kernel_name
 from research.models import decoder
 from research.models.families.llama import llama
 from research.models.layers import GatedMlp
+from research.paths import named_leaves
 
 CONFIG = llama(50, 3, 24, 6, 2, 32, head_size=8, max_length=64, init_std=0.4)
 MODEL = decoder.Decoder(CONFIG)
@@ -101,6 +102,24 @@ def test_packed_equals_separate(params, tokens):
     np.testing.assert_allclose(logits[:7], apply(params, tokens[:1, :7])[0], atol=1e-5)
     np.testing.assert_allclose(logits[7:11], apply(params, tokens[1:, :4])[0], atol=1e-5)
     assert np.abs(apply(params, packed)[0, 7:11] - logits[7:11]).max() > 1e-2  # leaks otherwise
+
+
+def test_packed_equals_separate_in_gradients(params, tokens):
+    """The sum of squares of all real logits, of two texts in one row and in two."""
+    packed = jnp.concatenate([tokens[0, :7], tokens[1, :4], jnp.zeros(3, jnp.int32)])[None]
+    segments = jnp.array([[1] * 7 + [2] * 4 + [0] * 3])
+
+    def together(params):
+        return (apply(params, packed, segment_ids=segments)[0, :11] ** 2).sum()
+
+    def apart(params):
+        parts = apply(params, tokens[:1, :7]), apply(params, tokens[1:, :4])
+        return sum((part**2).sum() for part in parts)
+
+    for (name, got), (_, want) in zip(
+        named_leaves(jax.grad(together)(params)), named_leaves(jax.grad(apart)(params)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), err_msg=name)
 
 
 def test_padding_changes_nothing_that_is_real(params, tokens):

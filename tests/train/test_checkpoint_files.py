@@ -145,6 +145,25 @@ def test_a_full_disk_leaves_earlier_checkpoints(saved, tmp_path, monkeypatch, wh
     assert checkpoint.restore_newest(directory, state(0)).step == 2
 
 
+def test_killed_at_the_rename_the_earlier_one_counts_and_the_next_save_works(
+    saved, tmp_path, monkeypatch
+):
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+
+    def killed(*_):
+        raise KeyboardInterrupt  # no handler of ours runs, as with SIGKILL
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(directory), "rename", killed)
+        checkpoint.save(directory, 3, state(3))
+    assert (directory / ".step_00000003.partial" / manifest.NAME).exists()
+    assert checkpoint.restore_newest(directory, state(0)).step == 2
+    checkpoint.save(directory, 3, state(3))
+    restored = checkpoint.restore_newest(directory, state(0))
+    assert restored.step == 3 and not list(directory.glob(".*"))
+    assert_bitwise(restored.tree, state(3))
+
+
 def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path):
     """The operating system refuses in the middle of orbax's own writing."""
     big = {"table": np.random.default_rng(0).normal(size=200_000)}
