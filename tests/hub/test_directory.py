@@ -91,6 +91,26 @@ def test_bfloat16_round_trip(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_files_open_in_any_precision(copy, dtype):
+    whole = hub.load(copy)
+    rewrite(copy, lambda t: t.update({n: a.astype(np.dtype(dtype)) for n, a in t.items()}))
+    loaded = hub.load(copy)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.float32)}
+    rounded = jax.tree.map(lambda a: a.astype(dtype).astype(jnp.float32), whole.params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, rounded)
+
+
+def test_a_directory_as_modelscope_lays_it_out_opens(copy):
+    """The same files beside its own configuration.json and bookkeeping."""
+    whole = hub.load(copy)
+    more = {"framework": "pytorch", "task": "text-generation"}
+    (copy / "configuration.json").write_text(json.dumps(more))
+    for name in (".msc", ".mdl", ".mv"):
+        (copy / name).write_bytes(b"\x80\x04")
+    jax.tree.map(np.testing.assert_array_equal, hub.load(copy).params, whole.params)
+
+
 @pytest.mark.reference
 @needs_reference
 def test_transformers_opens_what_we_save(tmp_path):
