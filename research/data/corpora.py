@@ -5,6 +5,7 @@
     text           shakespeare (plays and poems), wiki (web text)
     exams          multiple_choice(name) for the names in EXAMS
     labels         headlines, sarcastic or not
+    translations   verses, English and Spanish
 
 Nothing is installed and nothing but the named member of an archive is read. The rows are not part
 of this repository: their own licences hold.
@@ -16,8 +17,9 @@ import re
 import tarfile
 from typing import NamedTuple
 
-from research.data import rows
+from research.data import rows, sword
 from research.data.rows import Row, RowError, Rows
+from research.data.sword import Reference
 from research.hub.download import PACKAGES, extract, fetch, open_member
 
 INSTRUCTIONS = "llamafactory-0.9.5/data/"
@@ -50,6 +52,14 @@ class Headline(NamedTuple):
 
     text: str
     sarcastic: bool
+
+
+class Verse(NamedTuple):
+    """One verse of the Bible in two languages."""
+
+    reference: Reference
+    english: str
+    spanish: str
 
 
 def alpaca_en() -> Rows:
@@ -115,6 +125,17 @@ def headlines() -> list[Headline]:
             raise RowError(f"{place}: field 'ideal' is {row['ideal']!r}; expected '0' or '1'")
         found.append(Headline(row["input"][-1]["content"], row["ideal"] == "1"))
     return found
+
+
+def verses() -> list[Verse]:
+    """The 31,084 verses that both the King James Version and Reina-Valera 1909 have, in order.
+
+    Both are in the public domain (in the United Kingdom the first is under a Crown patent). Where
+    they count the verses of a chapter differently (Numbers 13), a verse may stand beside its neighbour.
+    """
+    english = sword.verses(PACKAGES["sword-text-kjv"], "engKJV2006eb")
+    spanish = sword.verses(PACKAGES["sword-text-sparv"], "spaRV1909eb")
+    return [Verse(place, english[place], spanish[place]) for place in english if place in spanish]
 
 
 def parse_question(row: Row, place: str = "row") -> Question:

