@@ -6,12 +6,16 @@
     sees no key gives zeros. The result has q's dtype.
 
 Every kernel has this signature: `reference` here, `blockwise` beside it, `attend_auto` that picks one.
+A kernel that can drop attention probabilities takes `dropout=(rate, rng)` too, and is refused by
+`require_dropout` when it cannot.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -59,11 +63,36 @@ def attention_weights(q: Array, k: Array, mask: Mask, scale: float | None = None
     return powers / jnp.where(total == 0, 1, total)
 
 
-def reference(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None) -> Array:
-    """The contract above, written out; memory grows as T×S."""
+def reference(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    scale: float | None = None,
+    dropout: tuple[float, Array] | None = None,
+) -> Array:
+    """The contract above, written out; memory grows as T×S.
+
+    With dropout=(rate, rng) each probability is 0 with that rate, and divided by 1 - rate else.
+    """
     check_inputs(q, k, v, mask)
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    weights = attention_weights(q, k, mask, scale).reshape(B, K, N // K, T, S)
+    weights = attention_weights(q, k, mask, scale)
+    if dropout is not None:
+        rate, rng = dropout
+        keep = jax.random.bernoulli(rng, 1 - rate, weights.shape)
+        weights = jnp.where(keep, weights / (1 - rate), 0)
+    weights = weights.reshape(B, K, N // K, T, S)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
     return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def require_dropout(attend: Attend) -> None:
+    """ValueError unless the kernel takes `dropout`."""
+    if "dropout" not in inspect.signature(attend).parameters:
+        name = getattr(attend, "__name__", repr(attend))
+        raise ValueError(
+            f"dropout of attention probabilities needs a kernel that can, such as `reference` or "
+            f"`attend_auto`; {name} cannot: set Attention.dropout to 0 or change the kernel"
+        )

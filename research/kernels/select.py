@@ -21,17 +21,28 @@ FEW_QUERIES = 16
 FEW_KEYS = 64
 
 
-def kernel_name(T: int, S: int, backend: str | None = None) -> str:
+def kernel_name(T: int, S: int, backend: str | None = None, dropout: bool = False) -> str:
     """The kernel `attend_auto` uses for T queries and S keys: 'reference' or 'blockwise'.
 
-    `backend` is JAX's default one when None. The loops of `blockwise` suit a CPU only.
+    `backend` is JAX's default one when None. The loops of `blockwise` suit a CPU only; of
+    attention probabilities only `reference` can drop some.
     """
     small = T < FEW_QUERIES or S < FEW_KEYS
-    return "reference" if small or (backend or jax.default_backend()) != "cpu" else "blockwise"
+    plain = small or dropout or (backend or jax.default_backend()) != "cpu"
+    return "reference" if plain else "blockwise"
 
 
-def attend_auto(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None) -> Array:
+def attend_auto(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    scale: float | None = None,
+    dropout: tuple[float, Array] | None = None,
+) -> Array:
     """The contract of `research.kernels.attend`, by the kernel that suits the shapes."""
+    if dropout is not None:
+        return reference(q, k, v, mask, scale, dropout)
     return KERNELS[kernel_name(q.shape[1], k.shape[1])](q, k, v, mask, scale)
 
 

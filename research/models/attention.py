@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from research.kernels.attend import Attend
+from research.kernels.attend import Attend, require_dropout
 from research.kernels.mask import Mask
 from research.models.layers import Linear
 from research.models.position import NoPosition, Tables
@@ -68,7 +68,8 @@ class Attention(nn.Module):
     """x [B, T, D] -> [B, T, D].
 
     bias: on q, k and v; out_bias: on the output projection. window: keys each query sees, itself
-    included (None: all). scale: of q·k, 1/sqrt(H) when None.
+    included (None: all). scale: of q·k, 1/sqrt(H) when None. dropout: of the attention
+    probabilities, in training; ValueError then for a kernel that has none.
 
     Keys and values are made of x, or in cross-attention of `memory` [B, S, D]; then they come back
     in the place of the cache, and `memory` may be what came back before.
@@ -81,6 +82,7 @@ class Attention(nn.Module):
     out_bias: bool = False
     window: int | None = None
     scale: float | None = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -108,8 +110,14 @@ class Attention(nn.Module):
         elif cache is not None:
             cache = write(cache, k, v, mask.offset)
             k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
-        y = inputs.attend(q, k, v, mask, self.scale).reshape(B, T, -1)
+        y = self._attend(inputs.attend, q, k, v, mask).reshape(B, T, -1)
         return Linear(D, ("heads", "embed"), self.out_bias, name="o")(y), cache
+
+    def _attend(self, attend: Attend, q: Array, k: Array, v: Array, mask: Mask) -> Array:
+        if self.dropout == 0 or not self.has_rng("dropout"):
+            return attend(q, k, v, mask, self.scale)
+        require_dropout(attend)
+        return attend(q, k, v, mask, self.scale, dropout=(self.dropout, self.make_rng("dropout")))
 
     def _keys_values(self, x: Array) -> tuple[Array, Array]:
         """[B, S, K, H] each."""

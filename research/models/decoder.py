@@ -1,9 +1,7 @@
 """The one decoder trunk: every family is a DecoderConfig of parts.
 
-The trunk is a tuple of stacks (count, pattern): `pattern` is a short cycle of blocks, repeated
-`count` times, its parameters stacked on a leading layer axis. A stack is run by `lax.scan` over
-pure `block.apply`, so that compile time does not grow with depth, or by a Python loop over the
-same parameters (`scan=False`), in which intermediate values can be printed.
+The trunk is a tuple of stacks (count, pattern), see `stack`; most families have one stack whose
+pattern is one block.
 """
 
 from __future__ import annotations
@@ -19,60 +17,23 @@ from flax import linen as nn
 from research.kernels.attend import Attend, reference
 from research.kernels.mask import Mask
 from research.kernels.select import attend_auto
-from research.models.attention import Attention, Cache, Inputs, LayerCache
-from research.models.layers import Embedding, RMSNorm
+from research.models.attention import Cache, Inputs
+from research.models.block import Block
+from research.models.init import Rules, begin
+from research.models.layers import Embedding, RMSNorm, dropout
 from research.models.position import NoPosition, Rope
+from research.models.stack import Remat, Stack, init_stack, layer, run_stack
 from research.types import Array, Params
 from research.weights.base import is_weight
-
-Residual = Callable[[nn.Module, Callable[[Array], Array], Array], Array]
-
-
-def pre_norm(norm: nn.Module, sublayer: Callable[[Array], Array], x: Array) -> Array:
-    """x + f(norm(x)), GPT-2 and everything since (Xiong et al. 2020, arXiv:2002.04745)."""
-    return x + sublayer(norm(x))
-
-
-def post_norm(norm: nn.Module, sublayer: Callable[[Array], Array], x: Array) -> Array:
-    """norm(x + f(x)), the 2017 Transformer and GPT-1."""
-    return norm(x + sublayer(x))
-
-
-class Block(nn.Module):
-    """One layer: attention and feed-forward, each in its residual connection."""
-
-    attention: Attention
-    ffn: nn.Module
-    norm: nn.Module = RMSNorm()
-    residual: Residual = pre_norm
-
-    @nn.compact
-    def __call__(
-        self, x: Array, inputs: Inputs, cache: LayerCache | None = None
-    ) -> tuple[Array, LayerCache | None]:
-        def attend(normed: Array) -> Array:
-            nonlocal cache
-            y, cache = self.attention(normed, inputs, cache)
-            return y
-
-        x = self.residual(self.norm.copy(name="attention_norm"), attend, x)
-        x = self.residual(self.norm.copy(name="ffn_norm"), self.ffn, x)
-        return x, cache
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """`pattern` repeated `count` times."""
-
-    count: int
-    pattern: tuple[Block, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A family's parts. `head` None means tied to the embedding table.
 
-    init_std is the embedding table's; each Linear has its own `kernel_init`.
+    init_std is the embedding table's; every other leaf begins as its layer says, or as the first of
+    `init_rules` that matches its path says. `dropout` is the rate of the embeddings; Block and
+    Attention have their own.
     """
 
     vocab_size: int
@@ -85,8 +46,15 @@ class DecoderConfig:
     dtype: Any = jnp.float32
     attend: Attend = attend_auto
     scan: bool = True
-    remat: Callable[..., bool] | str | None = None  # None, "full", or a jax.checkpoint policy
+    remat: Remat = None  # None, "full", or a jax.checkpoint policy
     init_std: float = 0.02
+    init_rules: Rules = ()
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        most = self.position.most
+        if most is not None and self.max_length > most:
+            raise ValueError(f"max_length {self.max_length} is more than {self.position} has")
 
     @property
     def layers(self) -> int:
@@ -103,9 +71,14 @@ class Decoder(nn.Module):
         self.embed = Embedding(config.vocab_size, config.width, config.init_std)
         self.final_norm = None if config.final_norm is None else config.final_norm.copy()
         self.head = None if config.head is None else config.head.copy()
+        self.position = config.position.embedding(config.width)
+        if not self.is_initializing():
+            return
+        x, at = jnp.zeros((1, 1, config.width), config.dtype), jnp.zeros((1, 1), jnp.int32)
+        tables = config.position.tables(at, head_size(config))
+        inputs = Inputs(tables, Mask(), config.position, reference)
         for number, stack in enumerate(config.stacks):
-            if self.is_initializing():
-                self.param(f"stack_{number}", init_stack, stack, config)
+            self.param(f"stack_{number}", init_stack, stack, x, inputs)
 
     def __call__(
         self,
@@ -131,16 +104,25 @@ class Decoder(nn.Module):
     ) -> Array | tuple[Array, Cache]:
         """The states [B, T, D] that the head multiplies, for losses fused with the head."""
         config = self.config
+        alone = positions is None and segment_ids is None and cache is None
         mask, positions, past = arrange(tokens, positions, segment_ids, mask or Mask(), cache)
         tables = config.position.tables(positions, head_size(config))
         inputs = Inputs(tables, mask, config.position, config.attend)
         x = self.embed(tokens).astype(config.dtype)
+        if self.position is not None:
+            # Padding stands at 0: however much there is, it asks for no row that a table lacks.
+            at = positions if segment_ids is None else jnp.where(segment_ids == 0, 0, positions)
+            require_positions(config.position.most, tokens.shape[1] - 1 if alone else at)
+            x += self.position(at).astype(x.dtype)
+        x = dropout(self, x, config.dropout)
         layers = []
         for number, stack in enumerate(config.stacks):
             params = self.get_variable("params", f"stack_{number}")
             layer_cache = None if past is None else past.layers[number]
             rng = self.make_rng("dropout") if self.has_rng("dropout") else None
-            x, layer_cache = run_stack(config, stack, params, x, inputs, layer_cache, rng)
+            x, layer_cache = run_stack(
+                stack, params, x, inputs, layer_cache, rng, config.scan, config.remat
+            )
             layers.append(layer_cache)
         if self.final_norm is not None:
             x = self.final_norm(x)
@@ -154,7 +136,7 @@ class Decoder(nn.Module):
 
 def head_size(config: DecoderConfig) -> int:
     """That of every block: they share the tables of positions."""
-    blocks = [block for stack in config.stacks for block in stack.pattern]
+    blocks: list[Block] = [block for stack in config.stacks for block in stack.pattern]
     sizes = {block.attention.head_size for block in blocks}
     if len(sizes) != 1:
         raise ValueError(f"blocks of one model share a head size, these have {sorted(sizes)}")
@@ -211,107 +193,22 @@ def require_room(cache: Cache, T: int) -> None:
         raise ValueError(f"the cache holds {int(cache.index)} of {slots} tokens, no room for {T}")
 
 
-def run_stack(
-    config: DecoderConfig,
-    stack: Stack,
-    params: Any,
-    x: Array,
-    inputs: Inputs,
-    cache: Any,
-    rng: Array | None,
-) -> tuple[Array, Any]:
-    """x through all layers of one stack. `params` is stacked, or a tuple of one tree per layer."""
-    held = len(params) if isinstance(params, tuple) else jax.tree.leaves(params)[0].shape[0]
-    if held != stack.count:
-        raise ValueError(f"a stack of {stack.count} layers was given the parameters of {held}")
+def require_positions(most: int | None, positions: Array | int) -> None:
+    """ValueError when one is not in 0..most-1, where they are known (outside jit).
 
-    def cycle(x: Array, params: Params, cache: Any, index: Array | int) -> tuple[Array, Any]:
-        new = {}
-        for number, block in enumerate(stack.pattern):
-            name = f"block_{number}"
-            key = (
-                None
-                if rng is None
-                else jax.random.fold_in(rng, index * len(stack.pattern) + number)
-            )
-            x, new[name] = block.apply(
-                {"params": params[name]},
-                x,
-                inputs,
-                None if cache is None else cache[name],
-                rngs=None if key is None else {"dropout": key},
-            )
-        return x, (None if cache is None else new)
-
-    if config.remat is not None:
-        policy = None if config.remat == "full" else config.remat
-        cycle = jax.checkpoint(cycle, policy=policy, prevent_cse=not config.scan)
-    if isinstance(params, tuple) or not config.scan:
-        return loop_layers(cycle, params, x, cache, stack.count)
-    return scan_layers(cycle, params, x, cache, stack.count)
-
-
-def loop_layers(cycle, params: Any, x: Array, cache: Any, count: int) -> tuple[Array, Any]:
-    """Layer after layer in Python."""
-    caches = []
-    for index in range(count):
-        x, new = cycle(x, layer(params, index), layer(cache, index), index)
-        caches.append(new)
-    if cache is None or isinstance(cache, tuple):
-        return x, (None if cache is None else tuple(caches))
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-
-
-def scan_layers(cycle, params: Params, x: Array, cache: Any, count: int) -> tuple[Array, Any]:
-    """lax.scan over the layer axis.
-
-    The cache rides in the carry and is updated in place: as scanned input and output XLA would
-    copy the whole of it in every call.
+    Under jit such a token is embedded as nan, which no loss survives unseen.
     """
-
-    def body(carry, scanned):
-        x, cache = carry
-        params, index = scanned
-        x, new = cycle(x, params, layer(cache, index), index)
-        put = jax.lax.dynamic_update_index_in_dim
-        cache = jax.tree.map(lambda whole, part: put(whole, part, index, 0), cache, new)
-        return (x, cache), None
-
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (params, jnp.arange(count)))
-    return x, cache
-
-
-def layer(stacked: Any, index: Array | int) -> Any:
-    """One layer of a stacked tree, or of a tuple of layers; None stays None."""
-    if stacked is None or isinstance(stacked, tuple):
-        return None if stacked is None else stacked[index]
-    return jax.tree.map(lambda leaf: leaf[index], stacked)
-
-
-def init_stack(rng: Array, stack: Stack, config: DecoderConfig) -> Params:
-    """Boxed parameters {block_0: ...} with a leading axis of `stack.count` layers."""
-    x = jnp.zeros((1, 1, config.width), config.dtype)
-    tables = config.position.tables(jnp.zeros((1, 1), jnp.int32), head_size(config))
-    inputs = Inputs(tables, Mask(), config.position, reference)
-
-    def init_cycle(key: Array) -> Params:
-        keys = jax.random.split(key, len(stack.pattern))
-        return {
-            f"block_{number}": block.init(keys[number], x, inputs)["params"]
-            for number, block in enumerate(stack.pattern)
-        }
-
-    boxed = jax.vmap(init_cycle)(jax.random.split(rng, stack.count))
-    return jax.tree.map(
-        lambda box: box.add_axis(0, {nn.PARTITION_NAME: "layers"}),
-        boxed,
-        is_leaf=nn.meta.is_axis_metadata,
-    )
+    if most is None or isinstance(positions, jax.core.Tracer):
+        return
+    last = int(jnp.max(jnp.asarray(positions)))
+    if last >= most:
+        raise ValueError(f"a token stands at position {last}; there are positions 0..{most - 1}")
 
 
 def init(model: Decoder, rng: Array) -> Params:
     """Fresh parameters: a nested dict of float32 arrays."""
-    return nn.meta.unbox(model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
+    params = nn.meta.unbox(model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
+    return begin(params, model.config.init_rules, rng)
 
 
 def axes(model: Decoder) -> Params:

@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from research.models.init import Init, Normal
 from research.types import Array
 from research.weights import base
-
-Init = Callable[..., Array]
-normal = nn.initializers.normal
 
 
 def leaf(module: nn.Module, name: str, init: Init, shape: tuple, axes: tuple) -> Any:
@@ -44,13 +42,24 @@ def call_of(module: nn.Module) -> base.Call:
     return base.Call(dropout=module.make_rng("dropout") if has_rng else None)
 
 
+def dropout(module: nn.Module, x: Array, rate: float) -> Array:
+    """Each entry 0 with probability `rate`, else divided by 1 - rate; x itself without an rng.
+
+    Srivastava et al. 2014. Every call in one forward pass draws anew.
+    """
+    if rate == 0 or not module.has_rng("dropout"):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
 class Linear(nn.Module):
     """x [..., in] -> x W + b, [..., features]."""
 
     features: int
     axes: tuple[str | None, str | None]
     bias: bool = False
-    kernel_init: Init = normal(0.02)
+    kernel_init: Init = Normal(0.02)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -63,21 +72,25 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """ids [...] -> rows of a [vocab_size, width] table; `attend` multiplies by its transpose."""
+    """ids [...] -> rows of a [rows, width] table; `attend` multiplies by its transpose.
 
-    vocab_size: int
+    `axis` is the logical name of the rows.
+    """
+
+    rows: int
     width: int
     init_std: float = 0.02
+    axis: str | None = "vocab"
 
     def setup(self):
-        shape = (self.vocab_size, self.width)
-        self.table = leaf(self, "table", normal(self.init_std), shape, ("vocab", "embed"))
+        shape, names = (self.rows, self.width), (self.axis, "embed")
+        self.table = leaf(self, "table", Normal(self.init_std), shape, names)
 
     def __call__(self, ids: Array) -> Array:
         return base.take(self.table, ids, call_of(self))
 
     def attend(self, x: Array) -> Array:
-        """x [..., width] -> logits [..., vocab_size]: a head tied to the table."""
+        """x [..., width] -> logits [..., rows]: a head tied to the table."""
         return base.matmul_transposed(x, self.table, call_of(self))
 
 

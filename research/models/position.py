@@ -1,8 +1,9 @@
 """How a model knows where a token stands.
 
-A position scheme has three hooks, each the identity unless it says otherwise: `tables(positions)`
-is computed once per forward pass, `rotate` turns queries and keys by it inside every layer, and
-`slopes` is a bias on the scores by distance (ALiBi).
+A position scheme has four hooks, each the identity unless it says otherwise: `embedding` is added
+to the tokens' own (see `additive`), `tables(positions)` is computed once per forward pass, `rotate`
+turns queries and keys by it inside every layer, and `slopes` is a bias on the scores by distance
+(ALiBi). `most` says how many positions there are, where there is an end.
 
 Rope: Su et al. 2021, RoFormer (arXiv:2104.09864). Frequencies are theta^(-2i/d); context extension
 by Linear (Chen et al. 2023, arXiv:2306.15595), Ntk (fixed factor), Llama3 (Llama 3.1's bands) or
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import jax.numpy as jnp
@@ -27,6 +29,15 @@ Tables = tuple[Array, Array] | None
 @dataclasses.dataclass(frozen=True)
 class NoPosition:
     """Positions are not told to the model (and the hooks that other schemes refine)."""
+
+    @property
+    def most(self) -> int | None:
+        """Positions are 0..most-1; None when they have no end."""
+        return None
+
+    def embedding(self, width: int) -> Callable[[Array], Array] | None:
+        """positions [B, T] -> what is added to the embeddings [B, T, width], a layer or a function."""
+        return None
 
     def tables(self, positions: Array, head_size: int) -> Tables:
         """positions [B, T] -> whatever `rotate` needs."""

@@ -6,6 +6,7 @@ import pytest
 from flax import linen as nn
 
 from research.models import decoder
+from research.models.block import post_norm
 from research.models.families import ConfigError, find, llama
 from research.models.layers import GatedMlp
 from research.models.position import Rope
@@ -92,7 +93,7 @@ BLOCK = SMALL.stacks[0].pattern[0]
         BLOCK.clone(ffn=GatedMlp(8, activation=nn.gelu)),
         BLOCK.clone(attention=BLOCK.attention.clone(window=4)),
         BLOCK.clone(attention=BLOCK.attention.clone(scale=0.5)),
-        BLOCK.clone(residual=decoder.post_norm),
+        BLOCK.clone(residual=post_norm),
     ],
 )
 def test_an_ablation_is_not_saved_as_a_plain_llama(block):

@@ -17,11 +17,13 @@ import dataclasses
 from typing import Any
 
 from research.models.attention import Attention
-from research.models.decoder import Block, DecoderConfig, Stack
+from research.models.block import Block
+from research.models.decoder import DecoderConfig
 from research.models.families.checkpoint import ConfigError, Entry, refuse, require
 from research.models.layers import GatedMlp, Linear, RMSNorm
 from research.models.position import Linear as LinearScaling
 from research.models.position import Llama3, Ntk, Rope, Yarn
+from research.models.stack import Stack
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 
