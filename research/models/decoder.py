@@ -22,7 +22,7 @@ from research.models.block import Block
 from research.models.init import Rules, begin
 from research.models.layers import Embedding, RMSNorm, dropout
 from research.models.position import NoPosition, Rope
-from research.models.stack import Remat, Stack, init_stack, layer, run_stack
+from research.models.stack import Remat, Stack, init_stack, layer, per_layer, run_stack
 from research.types import Array, Params
 from research.weights.base import is_weight
 
@@ -264,9 +264,7 @@ def empty_cache(
             f"block_{number}": block.attention.empty_cache(batch, length, dtype)
             for number, block in enumerate(stack.pattern)
         }
-        if not stacked:
-            return tuple(jax.tree.map(jnp.copy, one) for _ in range(stack.count))
-        return jax.tree.map(lambda a: jnp.zeros((stack.count, *a.shape), a.dtype), one)
+        return per_layer(one, stack.count, stacked)
 
     return Cache(
         layers=tuple(of(stack) for stack in config.stacks),

@@ -138,6 +138,13 @@ def layer(stacked: Any, index: Array | int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
+def per_layer(one: Any, count: int, stacked: bool) -> Any:
+    """Zeros of the form of `one` for `count` layers: on a leading axis, or a tuple of trees."""
+    if not stacked:
+        return tuple(jax.tree.map(jnp.zeros_like, one) for _ in range(count))
+    return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), one)
+
+
 def init_stack(rng: Array, stack: Stack, x: Array, inputs: Inputs) -> Params:
     """Boxed parameters {block_0: ...} with a leading axis of `stack.count` layers.
 
