@@ -6,7 +6,7 @@ Everything is checked against shapes alone before the first array is allocated.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,8 @@ from research.types import Params
 from research.weights.base import is_weight, merge
 
 SHOWN = 8
-DERIVED = (".rotary_emb.inv_freq",)  # buffers in old checkpoints that follow from the config
+# Buffers in old checkpoints that follow from the config.
+DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def parts(entries: Sequence[Entry], shapes: Params) -> dict[str, tuple[Part, ...
         shape = leaves[entry.path]
         whole = _whole(entry, shape[1:] if entry.stacked else shape)
         for layer in range(shape[0]) if entry.stacked else (None,):
-            name = entry.name.format(layer=layer)
+            name = entry.name_of(layer)
             found[name] = (*found.get(name, ()), Part(entry, layer, whole))
     for name, held in found.items():
         _require_cover(name, held)
@@ -88,6 +89,24 @@ def _require_cover(name: str, held: tuple[Part, ...]) -> None:
     ):
         paths = sorted(part.entry.path for part in held)
         raise CheckpointError(f"the name map makes {name} of parts that do not fit: {_some(paths)}")
+
+
+def with_prefix(checkpoint: Checkpoint, expected: dict[str, tuple[Part, ...]]) -> Checkpoint:
+    """The checkpoint under the names expected, if it is one of the trunk without the head.
+
+    Such a one ('h.0.ln_1.weight') lacks the first word of every name ('transformer.h.0.ln_1.weight').
+    """
+    tables = [name for name, held in expected.items() if held[0].entry.path == "embed/table"]
+    prefix = tables[0].partition(".")[0] + "." if tables else ""
+    if not tables or tables[0] in checkpoint.shapes:
+        return checkpoint
+    if tables[0].removeprefix(prefix) not in checkpoint.shapes:
+        return checkpoint
+    stored = {
+        name if name.startswith("lm_head.") else prefix + name: name for name in checkpoint.shapes
+    }
+    shapes = {name: checkpoint.shapes[old] for name, old in stored.items()}
+    return replace(checkpoint, shapes=shapes, read=lambda name: checkpoint.read(stored[name]))
 
 
 def require_agreement(checkpoint: Checkpoint, expected: dict[str, tuple[Part, ...]]) -> None:
@@ -136,6 +155,7 @@ def assemble(
     are held: leaves are filled shard by shard and layer by layer.
     """
     expected = parts(entries, shapes)
+    checkpoint = with_prefix(checkpoint, expected)
     require_agreement(checkpoint, expected)
     by_path: dict[str, list[tuple[str, Part]]] = {}
     for name, held in expected.items():

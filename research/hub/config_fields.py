@@ -13,10 +13,16 @@ SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "max_position_embeddings",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_positions",
 )
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")  # null says: as follows from the others
-NUMBERS = ("rms_norm_eps", "rope_theta")
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+# null says: as follows from the others, or not at all
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "n_inner", "sliding_window")
+NUMBERS = ("rms_norm_eps", "rope_theta", "layer_norm_epsilon", "initializer_range")
+RATES = ("attention_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 OBJECTS = ("rope_parameters", "rope_scaling")
 
 
@@ -30,6 +36,9 @@ def require_fields(config: dict[str, Any]) -> None:
         require(config, name, allowed, "a whole number above 0")
     for name in NUMBERS:
         require(config, name, is_number(config.get(name)) and config[name] > 0, "a number above 0")
+    for name in RATES:
+        rate = config.get(name)
+        require(config, name, is_number(rate) and 0 <= rate < 1, "a number from 0 to below 1")
     for name in SWITCHES:
         require(config, name, isinstance(config.get(name), bool | None), "true or false")
     for name in OBJECTS:

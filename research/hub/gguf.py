@@ -1,11 +1,11 @@
-"""GGUF files of the llama architecture, read as Hugging Face checkpoints.
+"""GGUF files of the architectures llama and qwen2, read as Hugging Face checkpoints.
 
 GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) is the single-file format of
 llama.cpp: typed metadata, then tensors that may be quantized. Here the metadata is translated into
 a config.json dictionary, tensors are renamed and dequantized one at a time from a memory map, and
-the rows of attn_q and attn_k are put back into half-split order: llama.cpp's converter interleaves
-the two halves of each head, since it turns neighbouring pairs of features. Left as they are, the
-model runs and is merely worse.
+in a llama the rows of attn_q and attn_k are put back into half-split order: llama.cpp's converter
+interleaves the two halves of each head, since it turns neighbouring pairs of features there. Left
+as they are, the model runs and is merely worse. In a qwen2 it turns halves, and nothing is moved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from research.hub.checkpoint import Checkpoint, CheckpointError
 from research.models.position import Llama3
 
-ARCHITECTURES = ("llama",)
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 MAGIC = b"GGUF"
 
 NAMES = {
@@ -49,7 +49,7 @@ def open_gguf(path: str | Path) -> tuple[Checkpoint, Metadata]:
     """The checkpoint in a file, and its metadata by key.
 
     Raises CheckpointError when the file is missing, truncated, not GGUF, of another architecture,
-    or holds a tensor that cannot be dequantized or has no place in a llama.
+    or holds a tensor that cannot be dequantized or has no place in the model.
     """
     path = Path(path)
     reader = read_header(path)
@@ -60,8 +60,9 @@ def open_gguf(path: str | Path) -> tuple[Checkpoint, Metadata]:
             f"{path}: architecture {architecture!r} is not supported in GGUF files; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
-    if metadata("llama.expert_count", 0):
-        raise CheckpointError(f"{path}: llama with experts (llama.expert_count) is not supported")
+    for field in (f"{architecture}.expert_count", f"{architecture}.attention.sliding_window"):
+        if metadata(field, 0):
+            raise CheckpointError(f"{path}: {field} = {metadata(field)} is not supported")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     factors = tensors.pop(ROPE_FACTORS, None)
     for tensor in tensors.values():
@@ -135,11 +136,13 @@ def huggingface_name(path: Path, name: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in NAMES and kind == "weight":
         return f"{NAMES[stem]}.{kind}"
-    raise CheckpointError(f"{path}: tensor {name!r} has no place in the llama architecture")
+    raise CheckpointError(f"{path}: tensor {name!r} has no place in a llama or a qwen2")
 
 
 def rotated_heads(name: str, config: dict[str, Any]) -> int | None:
-    """How many heads the rows of a tensor are divided into, when rotary embedding turns them."""
+    """How many heads the rows of a tensor are divided into, when the converter interleaved them."""
+    if config["model_type"] != "llama":
+        return None
     if ".self_attn.q_proj." in name:
         return config["num_attention_heads"]
     return config["num_key_value_heads"] if ".self_attn.k_proj." in name else None
@@ -159,10 +162,12 @@ def config_of(
 ) -> dict[str, Any]:
     """The config.json dictionary that the metadata and the tensors amount to."""
 
+    kind = metadata("general.architecture")
+
     def number(key: str, *default: Any) -> Any:
-        value = metadata(f"llama.{key}", *default)
+        value = metadata(f"{kind}.{key}", *default)
         if isinstance(value, list):
-            raise CheckpointError(f"{path}: llama.{key} differs between layers: not supported")
+            raise CheckpointError(f"{path}: {kind}.{key} differs between layers: not supported")
         # float32 on file: its shortest form is the number that was meant (1e-05).
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -173,8 +178,8 @@ def config_of(
         raise CheckpointError(f"{path}: rotates {rotated} of {head_dim} features: not supported")
     vocab_size = shapes.get("model.embed_tokens.weight", (number("vocab_size", 0),))[0]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": number("feed_forward_length"),
@@ -186,13 +191,21 @@ def config_of(
         "max_position_embeddings": number("context_length"),
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_parameters": rope_parameters(path, number, head_dim, rope_factors),
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
-        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
+        "attention_dropout": 0.0,
+        **(biases(shapes) if kind == "llama" else {}),
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "bos_token_id": metadata("tokenizer.ggml.bos_token_id", None),
         "eos_token_id": metadata("tokenizer.ggml.eos_token_id", None),
         "pad_token_id": metadata("tokenizer.ggml.padding_token_id", None),
         "dtype": "float32",
+    }
+
+
+def biases(shapes: dict[str, tuple[int, ...]]) -> dict[str, bool]:
+    """A llama may have them, which its tensors tell; a qwen2 always has the same."""
+    return {
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
     }
 
 

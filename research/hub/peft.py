@@ -68,9 +68,10 @@ def load_adapter(pretrained: Pretrained, directory: str | Path) -> Pretrained:
 
 
 def adaptable(pretrained: Pretrained) -> dict[str, Entry]:
-    """{path: entry} of the matrices that an adapter may stand on."""
+    """{path: entry} of the matrices that an adapter may stand on: none that is part of a tensor."""
     entries = families.find(pretrained.config).name_map(pretrained.model.config)
-    return {e.path: e for e in entries if e.path.endswith(("/kernel", "/table"))}
+    ends = ("/kernel", "/table")
+    return {e.path: e for e in entries if e.path.endswith(ends) and e.columns is None}
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:

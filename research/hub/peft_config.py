@@ -57,7 +57,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def module_of(entry: Entry, layer: int | None = None) -> str:
-    return entry.name.removesuffix(".weight").format(layer=layer)
+    return entry.name_of(layer).removesuffix(".weight")
 
 
 def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
@@ -74,7 +74,7 @@ def config_to_save(entries: dict[str, Entry], nodes: dict[str, LoRA]) -> dict[st
     """adapter_config.json: the commonest rank and alpha, and patterns for the others."""
     ranks = {path: node.a.shape[-1] for path, node in nodes.items()}
     alphas = {path: plain(node.scale * ranks[path]) for path, node in nodes.items()}
-    modules = {path: module_of(entry, 0) for path, entry in entries.items()}
+    modules = {path: module_of(entry) for path, entry in entries.items()}  # of every layer at once
     ends = {path: short_name(modules[path], modules.values()) for path in nodes}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from research.kernels.attend import Attend, reference
@@ -200,7 +201,7 @@ def require_positions(most: int | None, positions: Array | int) -> None:
     """
     if most is None or isinstance(positions, jax.core.Tracer):
         return
-    last = int(jnp.max(jnp.asarray(positions)))
+    last = int(np.max(positions))
     if last >= most:
         raise ValueError(f"a token stands at position {last}; there are positions 0..{most - 1}")
 

@@ -71,14 +71,19 @@ WITH_GRADIENTS = ("attention", "embeddings")
 def make_tiny() -> None:
     for number, (name, fields) in enumerate(CASES.items()):
         torch.manual_seed(number)
-        model = LlamaForCausalLM(LlamaConfig(**SMALL | fields)).eval()
-        for parameter in model.parameters():  # norms and biases begin as constants
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        folder = FIXTURES / "tiny_llama" / name
-        model.save_pretrained(folder)
-        (folder / "prompts.json").write_text(json.dumps(PROMPTS))
-        found = answer(model, {"prompts": PROMPTS, "gradients": True})
-        save_file(found, folder / "expected.safetensors")
+        write_case("tiny_llama", name, LlamaForCausalLM(LlamaConfig(**SMALL | fields)))
+
+
+def write_case(family: str, name: str, model: torch.nn.Module) -> None:
+    """A model directory with prompts, logits and gradients in it."""
+    model.eval()
+    for parameter in model.parameters():  # norms and biases begin as constants
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    folder = FIXTURES / family / name
+    model.save_pretrained(folder)
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    found = answer(model, {"prompts": PROMPTS, "gradients": True})
+    save_file(found, folder / "expected.safetensors")
 
 
 def make_adapters() -> None:

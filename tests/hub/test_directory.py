@@ -10,14 +10,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hub_reference import FIXTURES, ask, loss, needs_reference
+from hub_reference import (
+    FIXTURES,
+    check_logits_and_gradients,
+    check_reference_opens,
+    check_round_trip,
+    needs_reference,
+)
 from safetensors.numpy import load_file, save_file
 
 from research import hub
 from research.hub import CheckpointError, huggingface, replace
-from research.hub.assemble import disassemble
 from research.hub.replace import replacing
-from research.models.families import llama
 
 CASES = ["gqa", "tied_biased", "llama3"]
 
@@ -33,39 +37,12 @@ def copy(tmp_path):
     return shutil.copytree(FIXTURES / "tiny_llama" / "gqa", tmp_path / "model")
 
 
-def prompts_of(case):
-    return json.loads((case / "prompts.json").read_text())
-
-
 def test_logits_and_gradients_equal_transformers(case):
-    expected, prompts = load_file(case / "expected.safetensors"), prompts_of(case)
-    loaded = hub.load(case)
-    for number, ids in enumerate(prompts):
-        np.testing.assert_allclose(
-            loaded.logits(ids)[0], expected[f"logits.{number}"], rtol=0, atol=1e-4
-        )
-    gradient = jax.jit(jax.grad(lambda params: loss(loaded.model, params, prompts)))
-    _, ours = disassemble(llama.name_map(loaded.model.config), gradient(loaded.params))
-    ours = {f"grad.{name}": array for name, array in ours}
-    theirs = {name: array for name, array in expected.items() if name.startswith("grad.")}
-    assert ours.keys() == theirs.keys()
-    for name, array in theirs.items():
-        np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-3, err_msg=name)
+    check_logits_and_gradients(case)
 
 
 def test_save_gives_back_every_tensor_and_field(case, tmp_path):
-    hub.save(tmp_path / "out", hub.load(case))
-    before, after = (
-        load_file(case / "model.safetensors"),
-        load_file(tmp_path / "out/model.safetensors"),
-    )
-    assert before.keys() == after.keys()
-    for name, array in before.items():
-        np.testing.assert_array_equal(after[name], array, err_msg=name)
-    before, after = (
-        json.loads((at / "config.json").read_text()) for at in (case, tmp_path / "out")
-    )
-    assert {name: after.get(name) for name in before} == before
+    check_round_trip(case, tmp_path / "out")
 
 
 def test_sharded_save_and_load(case, tmp_path):
@@ -114,17 +91,7 @@ def test_a_directory_as_modelscope_lays_it_out_opens(copy):
 @pytest.mark.reference
 @needs_reference
 def test_transformers_opens_what_we_save(tmp_path):
-    requests, ours = [], []
-    for name in CASES:
-        case = FIXTURES / "tiny_llama" / name
-        loaded, prompts = hub.load(case), prompts_of(case)
-        shard = 6000 if name == "llama3" else 10**9
-        hub.save(tmp_path / name, loaded, max_shard_bytes=shard)
-        requests.append({"model": tmp_path / name, "prompts": prompts})
-        ours.append([loaded.logits(ids)[0] for ids in prompts])
-    for theirs, logits in zip(ask(tmp_path, *requests), ours, strict=True):
-        for number, expected in enumerate(logits):
-            np.testing.assert_allclose(theirs[f"logits.{number}"], expected, rtol=0, atol=1e-4)
+    check_reference_opens([FIXTURES / "tiny_llama" / name for name in CASES], tmp_path, 6000)
 
 
 def rewrite(copy, change):

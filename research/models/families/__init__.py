@@ -2,10 +2,10 @@
 
 from types import ModuleType
 
-from research.models.families import llama
+from research.models.families import gpt, llama, qwen
 from research.models.families.checkpoint import ConfigError
 
-FAMILIES = (llama,)
+FAMILIES = (gpt, llama, qwen)
 
 
 def find(config: dict) -> ModuleType:

@@ -13,17 +13,23 @@ SmolLM2 (arXiv:2502.02737). What changes between generations:
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from research.models.attention import Attention
 from research.models.block import Block
 from research.models.decoder import DecoderConfig
-from research.models.families.checkpoint import ConfigError, Entry, refuse, require
+from research.models.families.checkpoint import (
+    ConfigError,
+    Entry,
+    placed,
+    refuse,
+    require,
+    require_same,
+)
+from research.models.families.rope_fields import rope_from, rope_parameters
 from research.models.layers import GatedMlp, Linear, RMSNorm
-from research.models.position import Linear as LinearScaling
-from research.models.position import Llama3, Ntk, Rope, Yarn
-from research.models.stack import Stack
+from research.models.position import Llama3, Rope
+from research.models.stack import Stack, layers_of
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 
@@ -42,12 +48,22 @@ def llama(
     max_length: int = 2048,
     tied: bool = False,
     attention_bias: bool = False,
+    out_bias: bool | None = None,
     mlp_bias: bool = False,
+    attention_dropout: float = 0.0,
     **parts: Any,
 ) -> DecoderConfig:
-    """A LLaMA of any size; `parts` are further DecoderConfig fields (dtype, attend, remat, ...)."""
+    """A LLaMA of any size; `parts` are further DecoderConfig fields (dtype, attend, remat, ...).
+
+    attention_bias: on q, k and v, and on o unless `out_bias` says otherwise.
+    """
     attention = Attention(
-        heads, kv_heads, head_size or width // heads, bias=attention_bias, out_bias=attention_bias
+        heads,
+        kv_heads,
+        head_size or width // heads,
+        bias=attention_bias,
+        out_bias=attention_bias if out_bias is None else out_bias,
+        dropout=attention_dropout,
     )
     block = Block(attention, GatedMlp(ffn, bias=mlp_bias), RMSNorm(eps))
     return DecoderConfig(
@@ -115,76 +131,61 @@ PRESETS: dict[str, DecoderConfig] = {
 
 def name_map(config: DecoderConfig) -> list[Entry]:
     """Our leaves and the names that Hugging Face's LlamaForCausalLM gives them."""
-    block = config.stacks[0].pattern[0]
-    at, there = "stack_0/block_0", "model.layers.{layer}"
     entries = [
         Entry("embed/table", "model.embed_tokens.weight"),
-        Entry(f"{at}/attention_norm/scale", f"{there}.input_layernorm.weight"),
-        Entry(f"{at}/ffn_norm/scale", f"{there}.post_attention_layernorm.weight"),
         Entry("final_norm/scale", "model.norm.weight"),
     ]
-    linears = [(f"attention/{x}", f"self_attn.{x}_proj", block.attention.bias) for x in "qkv"]
-    linears += [("attention/o", "self_attn.o_proj", block.attention.out_bias)]
-    linears += [(f"ffn/{x}", f"mlp.{x}_proj", block.ffn.bias) for x in ("gate", "up", "down")]
-    for ours, theirs, bias in linears:
-        entries.append(Entry(f"{at}/{ours}/kernel", f"{there}.{theirs}.weight", transpose=True))
-        if bias:
-            entries.append(Entry(f"{at}/{ours}/bias", f"{there}.{theirs}.bias"))
+    for path, first, step, block in layers_of(config.stacks):
+        entries += placed(block_names(block), path, "model.layers.{layer}", first, step)
     if config.head is not None:
         entries.append(Entry("head/kernel", "lm_head.weight", transpose=True))
     return entries
 
 
+def block_names(block: Block) -> list[Entry]:
+    """The same for one block."""
+    entries = [
+        Entry("attention_norm/scale", "input_layernorm.weight"),
+        Entry("ffn_norm/scale", "post_attention_layernorm.weight"),
+    ]
+    linears = [(f"attention/{x}", f"self_attn.{x}_proj", block.attention.bias) for x in "qkv"]
+    linears += [("attention/o", "self_attn.o_proj", block.attention.out_bias)]
+    linears += [(f"ffn/{x}", f"mlp.{x}_proj", block.ffn.bias) for x in ("gate", "up", "down")]
+    for ours, theirs, bias in linears:
+        entries.append(Entry(f"{ours}/kernel", f"{theirs}.weight", transpose=True))
+        if bias:
+            entries.append(Entry(f"{ours}/bias", f"{theirs}.bias"))
+    return entries
+
+
 def from_huggingface(config: dict) -> DecoderConfig:
     """config.json's dictionary -> DecoderConfig. ConfigError for what would change the result."""
-    refuse(config, "hidden_act", "silu")
     refuse(config, "pretraining_tp", 1)
-    width, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
     return llama(
-        require(config, "vocab_size"),
-        require(config, "num_hidden_layers"),
-        width,
-        heads,
-        config.get("num_key_value_heads") or heads,
-        require(config, "intermediate_size"),
-        head_size=config.get("head_dim") or width // heads,
-        eps=require(config, "rms_norm_eps"),
-        position=rope_from(config),
-        max_length=require(config, "max_position_embeddings"),
-        tied=config.get("tie_word_embeddings", False),
+        **sizes_from(config),
         attention_bias=config.get("attention_bias", False),
         mlp_bias=config.get("mlp_bias", False),
     )
 
 
-def rope_from(config: dict) -> Rope:
-    """Rope from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    for place in (config, given):
-        refuse(place, "partial_rotary_factor", None, 1)  # LlamaForCausalLM turns whole heads
-    theta = given.get("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = given.get("rope_type", given.get("type", "default"))
-    # In this order, as transformers reads them.
-    original = (
-        config.get("original_max_position_embeddings")
-        or given.get("original_max_position_embeddings")
-        or config.get("max_position_embeddings")
-    )
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = LinearScaling(given["factor"])
-    elif kind == "llama3":
-        low, high = given["low_freq_factor"], given["high_freq_factor"]
-        scaling = Llama3(given["factor"], low, high, original)
-    elif kind == "yarn":
-        for name in ("mscale", "mscale_all_dim", "truncate"):
-            refuse(given, name, None, *([True] if name == "truncate" else []))
-        fast, slow = given.get("beta_fast") or 32, given.get("beta_slow") or 1
-        scaling = Yarn(given["factor"], original, fast, slow, given.get("attention_factor"))
-    else:
-        raise ConfigError(f"config.json: rope_type {kind!r} is not implemented")
-    return Rope(float(theta), scaling=scaling)
+def sizes_from(config: dict) -> dict[str, Any]:
+    """The arguments of `llama` that all families of its kind read from the same fields."""
+    refuse(config, "hidden_act", "silu")
+    width, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
+    return {
+        "vocab_size": require(config, "vocab_size"),
+        "layers": require(config, "num_hidden_layers"),
+        "width": width,
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "ffn": require(config, "intermediate_size"),
+        "head_size": config.get("head_dim") or width // heads,
+        "eps": require(config, "rms_norm_eps"),
+        "position": rope_from(config),
+        "max_length": require(config, "max_position_embeddings"),
+        "tied": config.get("tie_word_embeddings", False),
+        "attention_dropout": config.get("attention_dropout", 0.0),
+    }
 
 
 def to_huggingface(config: DecoderConfig) -> dict:
@@ -193,58 +194,36 @@ def to_huggingface(config: DecoderConfig) -> dict:
     ConfigError naming the part when the config has one that LlamaForCausalLM does not.
     """
     block = config.stacks[0].pattern[0]
-    attention = block.attention
-    if attention.bias != attention.out_bias:
+    if block.attention.bias != block.attention.out_bias:
         raise ConfigError("LlamaForCausalLM has biases on all of q, k, v and o, or on none")
-    if not isinstance(config.position, Rope) or config.position.interleaved:
-        raise ConfigError(f"LlamaForCausalLM needs half-split Rope, not {config.position}")
     described = {
-        "architectures": list(ARCHITECTURES),
+        **sizes_of(config, ARCHITECTURES[0]),
         "model_type": "llama",
+        "attention_bias": block.attention.bias,
+        "mlp_bias": block.ffn.bias,
+    }
+    require_same(config, from_huggingface(described), ARCHITECTURES[0])
+    return described
+
+
+def sizes_of(config: DecoderConfig, architecture: str) -> dict[str, Any]:
+    """The inverse of `sizes_from`."""
+    block = config.stacks[0].pattern[0]
+    if not isinstance(config.position, Rope) or config.position.interleaved:
+        raise ConfigError(f"{architecture} needs half-split Rope, not {config.position}")
+    return {
+        "architectures": [architecture],
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
-        "num_hidden_layers": config.stacks[0].count,
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": block.attention.heads,
+        "num_key_value_heads": block.attention.kv_heads,
+        "head_dim": block.attention.head_size,
         "intermediate_size": block.ffn.features,
         "hidden_act": "silu",
         "rms_norm_eps": block.norm.eps,
         "max_position_embeddings": config.max_length,
         "tie_word_embeddings": config.head is None,
-        "attention_bias": attention.bias,
-        "mlp_bias": block.ffn.bias,
+        "attention_dropout": block.attention.dropout,
         "rope_parameters": rope_parameters(config.position),
     }
-    require_same(config, from_huggingface(described))
-    return described
-
-
-def require_same(config: DecoderConfig, written: DecoderConfig) -> None:
-    """ConfigError naming the first part of `config` that `written` would lose."""
-    free = ("dtype", "attend", "scan", "remat", "init_std")  # how it runs, not what it is
-    for field in dataclasses.fields(config):
-        ours, theirs = getattr(config, field.name), getattr(written, field.name)
-        if field.name not in free and ours != theirs:
-            raise ConfigError(f"LlamaForCausalLM has no {field.name} = {ours}, only {theirs}")
-
-
-def rope_parameters(position: Rope) -> dict:
-    """The inverse of `rope_from`."""
-    given: dict = {"rope_type": "default", "rope_theta": position.theta}
-    scaling = position.scaling
-    if scaling is None:
-        return given
-    if isinstance(scaling, Ntk):
-        raise ConfigError("Hugging Face has no rope_type for a fixed NTK factor")
-    given["factor"] = scaling.factor
-    if isinstance(scaling, LinearScaling):
-        return {**given, "rope_type": "linear"}
-    given["original_max_position_embeddings"] = scaling.original_length
-    if isinstance(scaling, Llama3):
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        return {**given, "rope_type": "llama3", "low_freq_factor": low, "high_freq_factor": high}
-    given |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-    if scaling.attention_factor is not None:
-        given["attention_factor"] = scaling.attention_factor
-    return {**given, "rope_type": "yarn"}
