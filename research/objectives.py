@@ -26,9 +26,10 @@ def next_token(
     """Cross-entropy of `targets` given the tokens before them, Σ weights · −log p (nats).
 
     The batch holds tokens, targets, weights [B, T] and optionally segment_ids and positions; a
-    target is the token *after* its position already. With `fused` the logits [B, T, V] never
-    exist. `rng` drives dropout; None turns it off. Metrics: loss, accuracy, tokens, over the
-    positions of non-zero weight.
+    target is the token *after* its position already. For an encoder–decoder it also holds source
+    [B, S] and optionally source_segment_ids and source_positions. With `fused` the logits
+    [B, T, V] never exist. `rng` drives dropout; None turns it off. Metrics: loss, accuracy, tokens,
+    over the positions of non-zero weight.
     """
     terms = {"z_loss": z_loss, "label_smoothing": label_smoothing}
     project = partial(project_with, model)
@@ -64,9 +65,12 @@ def with_penalty(objective: Objective, penalty: Penalty) -> Objective:
 
 def states(model: Any, params: Params, batch: Batch, rng: Array | None = None) -> Array:
     """The states [B, T, D] before the head, of a batch as `next_token` takes it."""
+    inputs = [batch[name] for name in ("source", "tokens") if name in batch]
+    more = ("source_positions", "source_segment_ids")
     return model.apply(
         {"params": params},
-        batch["tokens"],
+        *inputs,
+        **{name: batch[name] for name in more if name in batch},
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
         rngs=None if rng is None else {"dropout": rng},
