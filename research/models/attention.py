@@ -7,6 +7,8 @@ arXiv:2305.13245). The cache is an ordinary argument and result.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -47,12 +49,14 @@ class Cache:
     index        int32 scalar, the next free slot; who writes past the last one under jit, where it
                  cannot be checked, overwrites the last
     lengths      [B] int32, real tokens so far: the position of the next one
+    context      what the position scheme remembers of what it read, see `NoPosition.place`
     """
 
     layers: tuple
     segment_ids: Array
     index: Array
     lengths: Array
+    context: Any = struct.field(default=None, kw_only=True)
 
 
 def write(cache: LayerCache, keys: Array, values: Array, index: Array) -> LayerCache:

@@ -54,6 +54,21 @@ def deep_norm_init(layers: int) -> Rules:
     return ((scaled, Xavier(beta)), (r".*/attention/(q|k)/kernel", Xavier()))
 
 
+@dataclasses.dataclass(frozen=True)
+class NormedResidual:
+    """alpha n + f(n) with n = norm(x): the residual stream carries what has been normalised.
+
+    GLM-130B (arXiv:2210.02414) and ChatGLM-6B, alpha = (2L)^(1/2). It is DeepNorm with every norm
+    counted to the sublayer that follows: norm(alpha n + f(n)) is the next one's n.
+    """
+
+    alpha: float
+
+    def __call__(self, norm: nn.Module, sublayer: Callable[[Array], Array], x: Array) -> Array:
+        normed = norm(x)
+        return self.alpha * normed + sublayer(normed)
+
+
 class Block(nn.Module):
     """One layer. `dropout` is the rate of what each sublayer adds to the residual stream."""
 

@@ -106,7 +106,9 @@ class Decoder(nn.Module):
         """The states [B, T, D] that the head multiplies, for losses fused with the head."""
         config = self.config
         alone = positions is None and segment_ids is None and cache is None
-        mask, positions, past = arrange(tokens, positions, segment_ids, mask or Mask(), cache)
+        mask, positions, past = arrange(
+            tokens, positions, segment_ids, mask or Mask(), cache, config.position
+        )
         tables = config.position.tables(positions, head_size(config))
         inputs = Inputs(tables, mask, config.position, config.attend)
         x = self.embed(tokens).astype(config.dtype)
@@ -157,6 +159,7 @@ def arrange(
     segment_ids: Array | None,
     mask: Mask,
     cache: Cache | None,
+    scheme: NoPosition = NoPosition(),
 ) -> tuple[Mask, Array, Cache | None]:
     """Mask and positions of the new tokens, and the cache with their slots taken.
 
@@ -172,6 +175,7 @@ def arrange(
             positions = segment_positions(segment_ids)
         elif positions is None:
             positions = jnp.arange(T, dtype=jnp.int32)[None]
+        positions, mask, _ = scheme.place(tokens, positions, mask, None)
         return mask, positions, None
     require_room(cache, T)
     if segment_ids is None:
@@ -181,8 +185,12 @@ def arrange(
         positions = jnp.maximum(cache.lengths[:, None] + jnp.cumsum(real, axis=1) - 1, 0)
     keys = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.index))
     mask = mask.replace(offset=cache.index, query_segments=segment_ids, key_segments=keys)
+    positions, mask, context = scheme.place(tokens, positions, mask, cache.context)
     taken = cache.replace(
-        segment_ids=keys, index=cache.index + T, lengths=cache.lengths + real.sum(axis=1)
+        segment_ids=keys,
+        index=cache.index + T,
+        lengths=cache.lengths + real.sum(axis=1),
+        context=context,
     )
     return mask, positions, taken
 
@@ -272,4 +280,5 @@ def empty_cache(
         segment_ids=jnp.zeros((batch, length), jnp.int32),
         index=jnp.zeros((), jnp.int32),
         lengths=jnp.zeros((batch,), jnp.int32),
+        context=config.position.context(batch),
     )

@@ -1,4 +1,4 @@
-"""The layers every family is made of: Linear, Embedding, RMSNorm, LayerNorm, Mlp, GatedMlp.
+"""The layers every family is made of: Linear, Embedding, norms, Mlp, GatedMlp, NormHead.
 
 A layer fetches its matrix as it lies in the parameters, an array or a Weight, and multiplies
 through `weights.base.matmul`: no layer knows about LoRA or quantization. Matrices are [in, out].
@@ -69,6 +69,26 @@ class Linear(nn.Module):
             b = leaf(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             y = y + b.astype(y.dtype)
         return y
+
+
+class NormHead(nn.Module):
+    """x W with every column of W, a token's vector, at length 1: [..., in] -> [..., features] float32.
+
+    Baichuan 2 (arXiv:2309.10305). The parameters hold W as it is trained, and a length below `eps`
+    counts as `eps`. The lengths cost a second look at W in every call; for decoding
+    `families.baichuan.fold_head` gives the Linear that computes the same.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None] = ("embed", "vocab")
+    eps: float = 1e-12
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        w = leaf(self, "kernel", Normal(0.02), (x.shape[-1], self.features), self.axes)
+        y = base.matmul(x, w, call_of(self)).astype(jnp.float32)
+        squares = jnp.square(base.dense(w).astype(jnp.float32)).sum(axis=0)
+        return y * jax.lax.rsqrt(jnp.maximum(squares, self.eps**2))
 
 
 class Embedding(nn.Module):

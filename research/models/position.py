@@ -3,24 +3,27 @@
 A position scheme has four hooks, each the identity unless it says otherwise: `embedding` is added
 to the tokens' own (see `additive`), `tables(positions)` is computed once per forward pass, `rotate`
 turns queries and keys by it inside every layer, and `slopes` is a bias on the scores by distance
-(ALiBi). `most` says how many positions there are, where there is an end.
+(ALiBi). `most` says how many positions there are, where there is an end. A scheme that does not
+count but reads in the tokens where they stand says so in `place` (see `prefix`).
 
 Rope: Su et al. 2021, RoFormer (arXiv:2104.09864). Frequencies are theta^(-2i/d); context extension
 by Linear (Chen et al. 2023, arXiv:2306.15595), Ntk (fixed factor), Llama3 (Llama 3.1's bands) or
 Yarn (Peng et al. 2023, arXiv:2309.00071). The two layouts are permutations of each other:
 half-split pairs feature i with i + d/2 (Hugging Face), interleaved pairs 2i with 2i+1 (Meta, GLM).
+Alibi: Press et al. 2021 (arXiv:2108.12409).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
+from research.kernels.mask import Mask
 from research.types import Array
 
 Tables = tuple[Array, Array] | None
@@ -49,6 +52,21 @@ class NoPosition:
 
     def slopes(self, heads: int) -> Array | None:
         """[N], or None when distance does not bias the scores."""
+        return None
+
+    def context(self, batch: int) -> Any:
+        """What a cache remembers for `place` of `batch` rows of which nothing has been read."""
+        return None
+
+    def place(
+        self, tokens: Array, positions: Array, mask: Mask, context: Any
+    ) -> tuple[Array, Mask, Any]:
+        """Positions, mask and context of new tokens [B, T], of which `positions` says the index
+        in their row. `context` is None without a cache."""
+        return positions, mask, context
+
+    def missing(self, prompt: Sequence[int]) -> str | None:
+        """What `place` would look for in vain, as the end of a sentence; None if nothing."""
         return None
 
 
@@ -168,3 +186,51 @@ class Rope(NoPosition):
         else:
             out = jnp.concatenate(turned, axis=-1)
         return jnp.concatenate([out.astype(x.dtype), x[..., 2 * half :]], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope2d(NoPosition):
+    """Half of each head's features turned by one position, the other half by another (ChatGLM-6B).
+
+    Both halves are half-split by themselves. positions [B, T, 2]; [B, T] stands for second
+    positions of 0, which turn nothing, and a negative position is nan.
+    """
+
+    theta: float = 10_000.0
+
+    def tables(self, positions: Array, head_size: int) -> Tables:
+        """cos and sin, each [B, T, 1, H / 2] float32: of the first half, then of the second."""
+        if head_size % 4:
+            raise ValueError(f"Rope2d turns pairs in halves of heads; the head size is {head_size}")
+        if positions.ndim == 2:
+            positions = jnp.stack([positions, jnp.zeros_like(positions)], axis=-1)
+        at = jnp.where(positions < 0, jnp.nan, positions.astype(jnp.float32))
+        halves = [Rope(self.theta).tables(at[..., half], head_size // 2) for half in (0, 1)]
+        cos, sin = (jnp.concatenate(both, axis=-1) for both in zip(*halves, strict=True))
+        return cos, sin
+
+    def rotate(self, x: Array, tables: Tables) -> Array:
+        halves = zip(*(jnp.split(whole, 2, axis=-1) for whole in (x, *tables)), strict=True)
+        turned = [Rope().rotate(part, (cos, sin)) for part, cos, sin in halves]
+        return jnp.concatenate(turned, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alibi(NoPosition):
+    """slope * (j - i) on the score of query i and key j, each head with its own slope."""
+
+    def slopes(self, heads: int) -> Array:
+        return jnp.asarray(alibi_slopes(heads), jnp.float32)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """[N] float64: 2^(-8i/N) for i = 1..N if N is a power of two.
+
+    Otherwise those of the power of two below, m, and then every second one of 2m.
+    """
+
+    def geometric(count: int) -> np.ndarray:
+        return 2.0 ** (-8.0 * np.arange(1, count + 1) / count)
+
+    power = 1 << (heads.bit_length() - 1)
+    return np.concatenate([geometric(power), geometric(2 * power)[::2][: heads - power]])
