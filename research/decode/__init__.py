@@ -1,7 +1,25 @@
-"""From logits to text: sampling filters and generation."""
+"""From logits to text: filters, sampling, beams, drafts, and choice among given answers."""
 
+from research.decode.answers import Trie, trie_of
+from research.decode.beam import BeamResult, Beams, beam_search
+from research.decode.drafts import DraftModel, Lookup
 from research.decode.generate import Generation, generate
 from research.decode.prompts import PromptError
 from research.decode.sampling import Sampling
+from research.decode.speculative import Speculation, speculate
 
-__all__ = ["Generation", "PromptError", "Sampling", "generate"]
+__all__ = [
+    "BeamResult",
+    "Beams",
+    "DraftModel",
+    "Generation",
+    "Lookup",
+    "PromptError",
+    "Sampling",
+    "Speculation",
+    "Trie",
+    "beam_search",
+    "generate",
+    "speculate",
+    "trie_of",
+]

@@ -18,6 +18,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from research.decode.answers import Trie
+from research.decode.filters import Past
 from research.decode.prompts import bucket, check_prompts, left_padded
 from research.decode.sampling import Filters, Sampling, choose, log_prob
 from research.models.attention import Cache
@@ -51,14 +53,17 @@ class Generation:
 
 @struct.dataclass
 class State:
-    """Between two tokens. S, the slots of the cache, is more than there will be new tokens."""
+    """Between two tokens. S, the slots of the cache, are enough for prompt and answer.
+
+    What the cache does not hold yet is the last token: it stands at the cache's index.
+    """
 
     cache: Cache
-    tokens: Array  # [B, S], new tokens only
-    log_probs: Array  # [B, S]
-    lengths: Array  # [B]
+    tokens: Array  # [B, S], each in its slot of the cache: padding, prompt, answer
+    log_probs: Array  # [B, S], of the answer
+    lengths: Array  # [B], of the answer
     ended: Array  # [B] bool
-    seen: Array | None  # [B, V] bool, with a repetition penalty only
+    nodes: Array | None  # [B], where in the trie of answers, if there is one
     keys: Array  # [B]
     step: Array  # number of tokens drawn
 
@@ -72,17 +77,23 @@ def generate(
     pad_id: int = 0,
     callback: Callback | None = None,
     stream_every: int = 1,
+    among: Trie | None = None,
 ) -> Generation:
     """Continue every prompt by up to `sampling.max_tokens` tokens.
 
     Row i draws with fold_in(rng, i), or with rng[i] when `rng` holds a key for each row: what a
     row says depends on its prompt and key, not on the rows beside it. With a `callback` the new
     ids are handed over every `stream_every` tokens. `params` may come as `for_decoding` gives
-    them, which saves a copy of the parameters in every call. PromptError says which prompt is
-    empty, outside the vocabulary, or too long for the context.
+    them, which saves a copy of the parameters in every call. With `among` every answer is one of
+    the trie's, and a row ends where its answer does. PromptError says which prompt is empty,
+    outside the vocabulary, or too long for the context; ValueError which number of the sampling
+    does not fit the vocabulary or the trie.
     """
     config = model.config
     check_prompts(prompts, config.vocab_size, config.max_length, sampling.max_tokens)
+    sampling.check_ids(config.vocab_size)
+    if among is not None:
+        among.check(config.vocab_size, sampling.max_tokens)
     every = sampling.max_tokens if callback is None else stream_every
     if every < 1:
         raise ValueError(f"stream_every must be at least 1, got {stream_every}")
@@ -93,16 +104,16 @@ def generate(
     # Coarse, as the loop is compiled for every number of slots.
     slots = bucket(width + sampling.max_tokens, least=64, steps=2)
     keys = row_keys(rng, len(prompts))
-    state = read(model, params, tokens, segments, keys, filters, stop, slots, pad_id)
+    state = read(model, params, tokens, segments, keys, filters, stop, slots, pad_id, among)
     told = 0
     while True:
         limit = min(told + every, sampling.max_tokens)
-        state = advance(model, params, state, filters, stop, limit, pad_id)
+        state = advance(model, params, state, filters, stop, limit, pad_id, among)
         if callback is not None:
-            callback(new_ids(state, told))
+            callback(new_ids(state, width, told))
         told = limit
         if told == sampling.max_tokens or bool(state.ended.all()):
-            return finished(state, sampling.max_tokens)
+            return finished(state, width, sampling.max_tokens)
 
 
 def for_decoding(params: Params, donate: bool = False) -> Params:
@@ -139,29 +150,34 @@ def read(
     stop: Array,
     slots: int,
     pad_id: int,
+    among: Trie | None = None,
 ) -> State:
     """Read the prompts [B, P] into a cache of `slots` slots and draw the first token."""
-    B = tokens.shape[0]
-    cache = empty_cache(model, B, slots, stacked=False)
+    B, P = tokens.shape
+    logits, cache = prefill(model, params, tokens, segments, slots)
+    state = State(
+        cache=cache,
+        tokens=jnp.full((B, slots), pad_id, jnp.int32).at[:, :P].set(tokens),
+        log_probs=jnp.zeros((B, slots), jnp.float32),
+        lengths=jnp.zeros(B, jnp.int32),
+        ended=jnp.zeros(B, bool),
+        nodes=None if among is None else jnp.zeros(B, jnp.int32),
+        keys=keys,
+        step=jnp.zeros((), jnp.int32),
+    )
+    return draw(state, logits, filters, stop, pad_id, among)
+
+
+def prefill(
+    model: Decoder, params: Params, tokens: Array, segments: Array, slots: int
+) -> tuple[Array, Cache]:
+    """Left-padded prompts [B, P] in a cache of `slots` slots, and the logits [B, V] that follow."""
+    cache = empty_cache(model, tokens.shape[0], slots, stacked=False)
     hidden, cache = model.apply(
         {"params": params}, tokens, segment_ids=segments, cache=cache, method="hidden"
     )
     # Left padding: the last column holds every row's last token.
-    logits = model.apply({"params": params}, hidden[:, -1], method="project")
-    seen = None
-    if filters.repetition_penalty is not None:
-        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(B)[:, None], tokens].max(segments != 0)
-    state = State(
-        cache=cache,
-        tokens=jnp.full((B, slots), pad_id, jnp.int32),
-        log_probs=jnp.zeros((B, slots), jnp.float32),
-        lengths=jnp.zeros(B, jnp.int32),
-        ended=jnp.zeros(B, bool),
-        seen=seen,
-        keys=keys,
-        step=jnp.zeros((), jnp.int32),
-    )
-    return draw(state, logits, filters, stop, pad_id)
+    return model.apply({"params": params}, hidden[:, -1], method="project"), cache
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -173,6 +189,7 @@ def advance(
     stop: Array,
     limit: int,
     pad_id: int,
+    among: Trie | None = None,
 ) -> State:
     """Draw until `limit` tokens are there or every row has ended."""
 
@@ -180,41 +197,53 @@ def advance(
         return (state.step < limit) & ~state.ended.all()
 
     def step(state: State) -> State:
-        last = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+        last = lax.dynamic_slice_in_dim(state.tokens, state.cache.index, 1, axis=1)
         logits, cache = model.apply({"params": params}, last, cache=state.cache)
-        return draw(state.replace(cache=cache), logits[:, 0], filters, stop, pad_id)
+        return draw(state.replace(cache=cache), logits[:, 0], filters, stop, pad_id, among)
 
     return lax.while_loop(wanted, step, state)
 
 
-def draw(state: State, logits: Array, filters: Filters, stop: Array, pad_id: int) -> State:
+def draw(
+    state: State, logits: Array, filters: Filters, stop: Array, pad_id: int, among: Trie | None
+) -> State:
     """The state after one more token from logits [B, V]; rows that have ended get padding."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    token = choose(logits, filters, keys, state.seen)
+    slot, said = state.cache.index, jnp.broadcast_to(state.step, state.lengths.shape)
+    allowed = logits if among is None else among.keep(logits, state.nodes)
+    token = choose(allowed, filters, keys, past(state.tokens, state.cache), said)
     running = ~state.ended
     value = jnp.where(running, log_prob(logits, token), 0)
-    token = jnp.where(running, token, pad_id)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0]), token].max(running)
-    put = partial(lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
+    ended = state.ended | (token[:, None] == stop).any(-1)
+    nodes = state.nodes
+    if among is not None:
+        nodes = among.follow(nodes, token)
+        ended |= among.complete(nodes)
+    put = partial(lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
     return state.replace(
-        tokens=put(state.tokens, token[:, None]),
+        tokens=put(state.tokens, jnp.where(running, token, pad_id)[:, None]),
         log_probs=put(state.log_probs, value[:, None]),
         lengths=state.lengths + running,
-        ended=state.ended | (token[:, None] == stop).any(-1),
-        seen=seen,
+        ended=ended,
+        nodes=nodes,
         step=state.step + 1,
     )
 
 
-def new_ids(state: State, told: int) -> list[list[int]]:
-    """Each row's ids after the first `told`."""
-    tokens, lengths = jax.device_get((state.tokens, state.lengths))
+def past(tokens: Array, cache: Cache) -> Past:
+    """Of `tokens` [B, S], each in its slot, those that the cache holds."""
+    end = jnp.broadcast_to(cache.index, cache.lengths.shape)
+    return Past(tokens, end - cache.lengths, end)
+
+
+def new_ids(state: State, width: int, told: int) -> list[list[int]]:
+    """Each row's ids after the first `told`; its answer begins in slot `width`."""
+    tokens, lengths = jax.device_get((state.tokens[:, width:], state.lengths))
     pairs = zip(tokens, lengths, strict=True)
     return [row[told:length].tolist() for row, length in pairs]
 
 
-def finished(state: State, limit: int) -> Generation:
+def finished(state: State, width: int, limit: int) -> Generation:
     tokens, lengths, log_probs = jax.device_get((state.tokens, state.lengths, state.log_probs))
-    return Generation(tokens[:, :limit], lengths, log_probs[:, :limit])
+    answer = slice(width, width + limit)
+    return Generation(tokens[:, answer], lengths, log_probs[:, answer])

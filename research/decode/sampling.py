@@ -1,31 +1,44 @@
-"""How the next token is chosen from logits [B, V]: pure filters, and a choice.
+"""How the next token is chosen from logits [B, V]: which filters, and a choice.
 
-The order is that of Hugging Face's processors: repetition penalty, temperature, top-k, top-p,
-min-p. A filter sets the logits of what it removes to -inf; each keeps at least one token.
-
-References: top-k, Fan et al. 2018 (arXiv:1805.04833); top-p, Holtzman et al. 2019
-(arXiv:1904.09751); min-p, Nguyen et al. 2024 (arXiv:2407.01082); repetition penalty, Keskar et
-al. 2019 (arXiv:1909.05858), with negative logits multiplied, so that they too become less likely.
+The order is that of Hugging Face's processors: repetition penalty, repeated n-grams, banned and
+forced tokens, temperature, top-k, top-p, min-p, typical, epsilon, eta.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jax import lax
 
+from research.decode.filters import (
+    Past,
+    ban,
+    ban_repeated,
+    force,
+    keep_epsilon,
+    keep_eta,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+    mark,
+    penalise_repetition,
+)
 from research.types import Array
+
+IDS = ("banned_ids", "forced_ids")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; None switches a filter off.
+    """temperature 0 is greedy; None or () switches a filter off.
 
-    max_tokens counts new tokens. Generation of a row ends with the first of `stop_ids`.
+    max_tokens counts new tokens. Generation of a row ends with the first of `stop_ids`. An answer
+    begins with `forced_ids` and holds none of `banned_ids`. no_repeat_ngram n: no n tokens stand
+    in this order twice in prompt and answer together.
     """
 
     temperature: float = 1.0
@@ -35,22 +48,32 @@ class Sampling:
     repetition_penalty: float | None = None
     max_tokens: int = 128
     stop_ids: tuple[int, ...] = ()
+    typical_p: float | None = None
+    epsilon: float | None = None
+    eta: float | None = None
+    no_repeat_ngram: int | None = None
+    banned_ids: tuple[int, ...] = ()
+    forced_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name, holds, wanted in (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty is None or self.repetition_penalty > 0,
-                "more than 0",
-            ),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", lambda x: x >= 0, "at least 0"),
+            ("top_k", lambda x: x >= 1, "at least 1"),
+            ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("min_p", lambda x: 0 <= x <= 1, "in [0, 1]"),
+            ("repetition_penalty", lambda x: x > 0, "more than 0"),
+            ("max_tokens", lambda x: x >= 1, "at least 1"),
+            ("typical_p", lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("epsilon", lambda x: 0 < x < 1, "in (0, 1)"),
+            ("eta", lambda x: 0 < x < 1, "in (0, 1)"),
+            ("no_repeat_ngram", lambda x: x >= 1, "at least 1"),
         ):
-            if not holds:
-                raise ValueError(f"sampling: {name} must be {wanted}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"sampling: {name} must be {wanted}, got {value}")
+        both = sorted(set(self.banned_ids) & set(self.forced_ids))
+        if both:
+            raise ValueError(f"sampling: forced_ids and banned_ids both hold {both}")
 
     @property
     def greedy(self) -> bool:
@@ -58,12 +81,26 @@ class Sampling:
 
     @property
     def filters(self) -> Filters:
-        """The part that acts on logits; the most likely token needs no other filter if greedy."""
+        """The part that acts on logits. Greedy, the filters that always keep the most likely
+        token are left out."""
+        names = [field.name for field in fields(Filters)]
         if self.greedy:
-            return Filters(repetition_penalty=self.repetition_penalty)
-        return Filters(
-            self.temperature, self.top_p, self.min_p, self.repetition_penalty, self.top_k
-        )
+            names = ["repetition_penalty", "no_repeat_ngram", *IDS]
+        chosen = {name: getattr(self, name) for name in names}
+        for name in IDS:
+            chosen[name] = np.asarray(chosen[name], np.int32) if chosen[name] else None
+        return Filters(**chosen)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """ValueError for a banned or forced id outside the vocabulary, or when all are banned."""
+        for name in IDS:
+            outside = [i for i in getattr(self, name) if not 0 <= i < vocab_size]
+            if outside:
+                raise ValueError(
+                    f"sampling: {name} holds {outside[0]}; ids are 0..{vocab_size - 1}"
+                )
+        if len(set(self.banned_ids)) == vocab_size:
+            raise ValueError(f"sampling: banned_ids holds all {vocab_size} ids of the vocabulary")
 
 
 @struct.dataclass
@@ -78,97 +115,75 @@ class Filters:
     min_p: float | Array | None = None
     repetition_penalty: float | Array | None = None
     top_k: int | None = struct.field(pytree_node=False, default=None)
+    typical_p: float | Array | None = None
+    epsilon: float | Array | None = None
+    eta: float | Array | None = None
+    no_repeat_ngram: int | None = struct.field(pytree_node=False, default=None)
+    banned_ids: Array | None = None
+    forced_ids: Array | None = None
 
 
-def choose(logits: Array, filters: Filters, keys: Array, seen: Array | None = None) -> Array:
+def choose(
+    logits: Array,
+    filters: Filters,
+    keys: Array,
+    past: Past | None = None,
+    said: Array | None = None,
+) -> Array:
     """One token a row, [B] int32, from logits [B, V] and one key a row.
 
-    `seen` [B, V] marks the tokens of prompt and answer so far, for the repetition penalty. A row's
-    choice depends on its own logits and key alone.
+    `past` and `said` as for `filtered`. A row's choice depends on its own logits and key alone.
     """
-    logits = filtered(logits, filters, seen)
+    logits = filtered(logits, filters, past, said)
     if filters.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def filtered(logits: Array, filters: Filters, seen: Array | None = None) -> Array:
-    """Logits [B, V] after all filters, float32."""
-    logits = logits.astype(jnp.float32)
-    if filters.repetition_penalty is not None:
-        if seen is None:
-            raise ValueError("the repetition penalty needs `seen` [B, V]")
-        logits = penalise_repetition(logits, seen, filters.repetition_penalty)
+def filtered(
+    logits: Array, filters: Filters, past: Past | None = None, said: Array | None = None
+) -> Array:
+    """Logits [B, V] after all filters, float32.
+
+    `past` is prompt and answer so far, for the repetition penalty and repeated n-grams; `said` [B]
+    the number of new tokens before this one, for forced tokens. ValueError when one is needed and
+    not given.
+    """
+    logits = processed(logits.astype(jnp.float32), filters, past, said)
     if filters.temperature is not None:
         logits = logits / filters.temperature
-    if filters.top_k is not None:
-        logits = keep_top_k(logits, filters.top_k)
-    if filters.top_p is not None:
-        logits = keep_top_p(logits, filters.top_p)
-    if filters.min_p is not None:
-        logits = keep_min_p(logits, filters.min_p)
+    for value, keep in (
+        (filters.top_k, keep_top_k),
+        (filters.top_p, keep_top_p),
+        (filters.min_p, keep_min_p),
+        (filters.typical_p, keep_typical),
+        (filters.epsilon, keep_epsilon),
+        (filters.eta, keep_eta),
+    ):
+        if value is not None:
+            logits = keep(logits, value)
     return logits
 
 
-def penalise_repetition(logits: Array, seen: Array, penalty: float | Array) -> Array:
-    """Where `seen` [B, V]: positive logits divided by `penalty`, negative ones multiplied."""
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def keep_top_k(logits: Array, k: int) -> Array:
-    """The k largest of each row, and what ties with the k-th."""
-    if k >= logits.shape[-1]:
-        return logits
-    order = ordered_bits(logits)
-    smallest = largest(order, lambda least: (order >= least).sum(-1, keepdims=True) >= k)
-    return jnp.where(order < smallest, -jnp.inf, logits)
-
-
-def keep_top_p(logits: Array, p: float | Array) -> Array:
-    """The fewest most likely tokens whose probabilities add up to at least p.
-
-    Of equals at the boundary those of the smallest ids are kept.
-    """
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    order = ordered_bits(probabilities)
-
-    def mass(keep: Array) -> Array:
-        return jnp.where(keep, probabilities, 0).sum(-1, keepdims=True)
-
-    least = largest(order, lambda least: mass(order >= least) >= p)
-    above, equal = order > least, order == least
-    each = jnp.max(probabilities, axis=-1, keepdims=True, where=equal, initial=1e-38)
-    wanted = jnp.maximum(jnp.ceil((p - mass(above)) / each), 1)
-    keep = above | (equal & (jnp.cumsum(equal, axis=-1) <= wanted))
-    keep |= jnp.asarray(p) >= 1  # the sum of all may round to a little more or less than 1
-    return jnp.where(keep, logits, -jnp.inf)
-
-
-def keep_min_p(logits: Array, p: float | Array) -> Array:
-    """The tokens at least p times as likely as the most likely one."""
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    least = p * probabilities.max(-1, keepdims=True)
-    return jnp.where(probabilities < least, -jnp.inf, logits)
-
-
-def ordered_bits(x: Array) -> Array:
-    """uint32 that sort as the float32 x do (0.0 and -0.0 as one)."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
-    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def largest(order: Array, holds: Callable[[Array], Array]) -> Array:
-    """The largest number [..., 1] of 32 bits for which the monotone `holds` holds.
-
-    Bisection, bit by bit: a few dozen sums over V, where a sort (and lax.top_k, which sorts) takes
-    ten times as long on a CPU.
-    """
-
-    def bit(i: int, least: Array) -> Array:
-        candidate = least | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(holds(candidate), candidate, least)
-
-    return lax.fori_loop(0, 32, bit, jnp.zeros((*order.shape[:-1], 1), jnp.uint32))
+def processed(
+    logits: Array, filters: Filters, past: Past | None = None, said: Array | None = None
+) -> Array:
+    """Logits [B, V] after the filters that greedy decoding and beam search have too."""
+    looks_back = filters.repetition_penalty is not None or filters.no_repeat_ngram is not None
+    if looks_back and past is None:
+        raise ValueError("the repetition penalty and no_repeat_ngram need `past`")
+    if filters.repetition_penalty is not None:
+        seen = mark(past.tokens, past.real, logits.shape[-1])
+        logits = penalise_repetition(logits, seen, filters.repetition_penalty)
+    if filters.banned_ids is not None:
+        logits = ban(logits, filters.banned_ids)
+    if filters.no_repeat_ngram is not None:
+        logits = ban_repeated(logits, past, filters.no_repeat_ngram)
+    if filters.forced_ids is not None:
+        if said is None:
+            raise ValueError("forced tokens need `said`, the number of tokens before this one")
+        logits = force(logits, filters.forced_ids, said)
+    return logits
 
 
 def log_prob(logits: Array, tokens: Array) -> Array:

@@ -126,6 +126,20 @@ def multiple_choice(
     )
 
 
+def answer_log_probs(
+    model: Any,
+    params: Params,
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    batch_size: int = 8,
+) -> np.ndarray:
+    """log p(answer | prompt) of each of some answers, token ids as `decode.answers` has them: [A]."""
+    starts = [len(prompt)] * len(answers)
+    sequences = [[*prompt, *answer] for answer in answers]
+    rows = continuation_log_probs(model, params, sequences, starts, batch_size)
+    return np.array([row.sum(dtype=np.float64) for row in rows])
+
+
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning."""
     return next(

@@ -9,17 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.decode.sampling import (
-    Filters,
-    Sampling,
-    choose,
-    filtered,
+from research.decode.filters import (
+    Past,
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    log_prob,
     penalise_repetition,
 )
+from research.decode.sampling import Filters, Sampling, choose, filtered, log_prob
 
 B, V = 4, 60
 
@@ -32,6 +29,12 @@ def logits(key):
 def softmax(row):
     powers = np.exp(row.astype(np.float64) - row.max())
     return powers / powers.sum()
+
+
+def whole_past(ids):
+    """[B, S] ids, none of them padding."""
+    B, S = np.shape(ids)
+    return Past(jnp.asarray(ids), jnp.zeros(B, jnp.int32), jnp.full(B, S))
 
 
 def kept(logits):
@@ -106,10 +109,10 @@ def test_greedy_and_its_penalty(logits, key):
     keys = jax.random.split(key, B)
     greedy = Sampling(temperature=0, top_p=0.5, repetition_penalty=None).filters
     assert choose(jnp.asarray(logits), greedy, keys).tolist() == logits.argmax(-1).tolist()
-    seen = jnp.asarray(logits) == logits.max(-1, keepdims=True)
-    penalised = choose(jnp.asarray(logits), Filters(repetition_penalty=1e6), keys, seen)
+    past = whole_past(logits.argmax(-1)[:, None])
+    penalised = choose(jnp.asarray(logits), Filters(repetition_penalty=1e6), keys, past)
     assert penalised.tolist() == np.argsort(-logits, -1)[:, 1].tolist()
-    with pytest.raises(ValueError, match="needs `seen`"):
+    with pytest.raises(ValueError, match="need `past`"):
         choose(jnp.asarray(logits), Filters(repetition_penalty=2.0), keys)
 
 
@@ -180,6 +183,5 @@ def test_against_hugging_face(logits):
     done = subprocess.run([python, "-c", PROCESSORS], input=case, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     theirs = np.array(json.loads(done.stdout), float)  # None -> nan
-    seen = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], ids].set(True)
-    ours = np.array(filtered(jnp.asarray(logits), Filters(0.8, 0.9, 0.03, 1.3, 25), seen))
+    ours = filtered(jnp.asarray(logits), Filters(0.8, 0.9, 0.03, 1.3, 25), whole_past(ids))
     np.testing.assert_allclose(np.where(np.isfinite(ours), ours, np.nan), theirs, rtol=1e-5)
