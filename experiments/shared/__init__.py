@@ -1,0 +1,1 @@
+"""What several experiments need alike. No experiment itself: those are the files one level up."""
