@@ -155,7 +155,14 @@ def beam_search(
     width = bucket(max(len(prompt) for prompt in prompts))
     tokens, segments = left_padded(prompts, width, pad_id)
     params = params if in_layers(params) else for_decoding(params)
-    rules = Rules(
+    rules = rules_of(search, pad_id)
+    slots = bucket(width + search.max_tokens, least=64, steps=2)
+    state = begin(model, params, tokens, segments, rules, slots)
+    return result(advance(model, params, state, rules), search, width)
+
+
+def rules_of(search: Beams, pad_id: int) -> Rules:
+    return Rules(
         search.beams,
         search.width,
         Filters(no_repeat_ngram=search.no_repeat_ngram),
@@ -166,8 +173,10 @@ def beam_search(
         search.max_tokens,
         pad_id,
     )
-    slots = bucket(width + search.max_tokens, least=64, steps=2)
-    state = advance(model, params, begin(model, params, tokens, segments, rules, slots), rules)
+
+
+def result(state: State, search: Beams, width: int) -> BeamResult:
+    """The finished sequences, which begin in slot `width`."""
     found = jax.device_get((state.done, state.done_lengths, state.done_scores))
     done, lengths, scores = (array[:, : search.n_best] for array in found)
     return BeamResult(done[:, :, width : width + search.max_tokens], lengths, scores)
@@ -178,12 +187,17 @@ def begin(
     model: Decoder, params: Params, tokens: Array, segments: Array, rules: Rules, slots: int
 ) -> State:
     """Read the prompts [B, P], once each, and take the first step."""
-    (B, P), K = tokens.shape, rules.beams
     logits, cache = prefill(model, params, tokens, segments, slots)
+    return start(logits, cache, jnp.asarray(tokens), rules)
+
+
+def start(logits: Array, cache: Cache, tokens: Array, rules: Rules) -> State:
+    """After the first step: logits [B, V] that follow `tokens` [B, P], which the cache holds."""
+    (B, P), K, slots = tokens.shape, rules.beams, cache.segment_ids.shape[1]
     empty = jnp.full((B, K, slots), rules.pad_id, jnp.int32)
     state = State(
         cache=reorder(cache, jnp.repeat(jnp.arange(B), K)),
-        tokens=empty.at[:, :, :P].set(jnp.asarray(tokens)[:, None]),
+        tokens=empty.at[:, :, :P].set(tokens[:, None]),
         # All beams are the same yet: one counts.
         scores=jnp.full((B, K), -jnp.inf).at[:, 0].set(0),
         done=empty,
