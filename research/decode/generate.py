@@ -118,11 +118,12 @@ def generate(
 
 def for_decoding(params: Params, donate: bool = False) -> Params:
     """Parameters as decoding reads them fastest, a copy: one tree a layer (a scanned stack is read
-    through a copy in every step) and, on a CPU, the stacks' matrices transposed. With `donate` the
-    stacks of `params` are given up on the way, and no two copies exist together."""
+    through a copy in every step) and, on a CPU, the matrices transposed. With `donate` the stacks of
+    `params` are given up on the way, and no two copies of them exist together."""
     if jax.default_backend() != "cpu":
         return unstack(params, donate=donate)
-    return unstack(params, transpose, donate)
+    layers = unstack(params, transpose, donate)
+    return {**layers, "head": transpose(layers["head"])} if "head" in layers else layers
 
 
 def in_layers(params: Params) -> bool:

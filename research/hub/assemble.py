@@ -5,7 +5,8 @@ Everything is checked against shapes alone before the first array is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 
 from research.hub.checkpoint import Checkpoint, CheckpointError
 from research.models.families.checkpoint import Entry
@@ -50,11 +51,12 @@ def parts(entries: Sequence[Entry], shapes: Params) -> dict[str, tuple[Part, ...
     """
     leaves = {path: tuple(leaf.shape) for path, leaf in named_leaves(shapes)}
     mapped = {entry.path for entry in entries}
-    if mapped != set(leaves):
+    if mapped != set(leaves) or len(mapped) != len(entries):
+        twice = {path for path, count in Counter(e.path for e in entries).items() if count > 1}
         raise CheckpointError(
             "the name map and the parameters disagree: "
             f"no checkpoint name for {_some(leaves.keys() - mapped)}; "
-            f"no parameter at {_some(mapped - leaves.keys())}"
+            f"no parameter at {_some(mapped - leaves.keys())}; named twice {_some(twice)}"
         )
     found: dict[str, tuple[Part, ...]] = {}
     for entry in entries:
@@ -71,6 +73,12 @@ def parts(entries: Sequence[Entry], shapes: Params) -> dict[str, tuple[Part, ...
 def _whole(entry: Entry, ours: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the tensor that holds a leaf (or layer of one) of shape `ours`."""
     if entry.columns is not None:
+        width = entry.columns.stop - entry.columns.start
+        if width < 1 or ours[-1] % width:
+            raise CheckpointError(
+                f"the name map cuts {entry.path} from {entry.name} in groups of {width} columns, "
+                f"and it has {ours[-1]}"
+            )
         ours = (*ours[:-1], entry.columns.packed(ours[-1]))
     return ours[::-1] if entry.transpose else ours
 
@@ -152,7 +160,8 @@ def assemble(
     """The parameter tree of a checkpoint, each leaf where `shardings` puts it.
 
     shapes: the tree of ShapeDtypeStructs to fill. Besides the tree, one leaf's shard and one tensor
-    are held: leaves are filled shard by shard and layer by layer.
+    are held: leaves are filled shard by shard and layer by layer, and a tensor is read again for
+    each different shard that it goes into.
     """
     expected = parts(entries, shapes)
     checkpoint = with_prefix(checkpoint, expected)
@@ -162,18 +171,34 @@ def assemble(
         for part in held:
             by_path.setdefault(part.entry.path, []).append((name, part))
 
-    def fill(path: str, shape: tuple[int, ...], home: Sharding) -> jax.Array:
+    def fill(path: str, shape: tuple[int, ...], home: Sharding | None) -> jax.Array:
         read = partial(_read_shard, checkpoint, by_path[path], shape, dtype)
-        return jax.make_array_from_callback(shape, home, read, dtype=dtype)
+        if home is None:
+            return jnp.asarray(read((slice(None),) * len(shape)))
+        return _place(read, shape, home)
 
     leaves, tree = jax.tree.flatten(shapes)
     paths = [path for path, _ in named_leaves(shapes)]
-    here = SingleDeviceSharding(jax.devices()[0])
-    homes = [here] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+    homes = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     filled = [
         fill(path, leaf.shape, home) for path, leaf, home in zip(paths, leaves, homes, strict=True)
     ]
     return jax.tree.unflatten(tree, filled)
+
+
+def _place(
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], home: Sharding
+) -> jax.Array:
+    """An array of `shape` from the shards that `read` gives, one on the host at a time."""
+    devices: dict[tuple, list[jax.Device]] = {}
+    for device, index in home.addressable_devices_indices_map(shape).items():
+        devices.setdefault(tuple((cut.start, cut.stop) for cut in index), []).append(device)
+    arrays = []
+    for bounds, copies in devices.items():
+        shard = read(tuple(slice(*bound) for bound in bounds))
+        arrays += [jax.device_put(shard, device) for device in copies]
+        jax.block_until_ready(arrays)
+    return jax.make_array_from_single_device_arrays(shape, home, arrays)
 
 
 def _read_shard(
@@ -205,7 +230,10 @@ def disassemble(
     merged = jax.eval_shape(merge, params)
     expected = parts(entries, merged)
     dtypes = {path: np.dtype(leaf.dtype) for path, leaf in named_leaves(merged)}
-    specs = {name: (held[0].shape, dtypes[held[0].entry.path]) for name, held in expected.items()}
+    specs = {
+        name: (held[0].shape, jnp.result_type(*(dtypes[part.entry.path] for part in held)))
+        for name, held in expected.items()
+    }
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         leaves = dict(named_leaves(params, is_leaf=is_weight))

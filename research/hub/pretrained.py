@@ -65,9 +65,10 @@ def _logits(model: Decoder, params: Params, tokens: Array) -> Array:
 def load(path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Pretrained:
     """A model from a Hugging Face directory or a .gguf file, parameters in `dtype`.
 
-    With a `mesh` (`train.sharding.make_mesh`) each parameter is read straight into its shards, and
-    no device or host holds the whole model; heads stay whole. Raises CheckpointError (or TokenizerError) naming the file and what is wrong with it, before
-    any parameter is allocated.
+    With a `mesh` (`train.sharding.make_mesh`) each parameter is read straight into its shards, one
+    shard at a time, and heads stay whole; axes that the mesh does not divide are printed and
+    replicated. Raises CheckpointError (or TokenizerError) naming the file and what is wrong with
+    it, and ShardingError for a mesh of other axes, before any parameter is allocated.
     """
     path = Path(path)
     if path.is_dir():
@@ -98,7 +99,9 @@ def build(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None = None) -> tuple
     homes = None
     if mesh is not None:
         units = dict.fromkeys(("heads", "kv_heads"), head_size(model.config))
-        homes, _ = shardings(axes(model), shapes, mesh, units=units)
+        homes, notes = shardings(axes(model), shapes, mesh, units=units)
+        for note in notes:
+            print(note, flush=True)
     return model, assemble(checkpoint, family.name_map(model.config), shapes, dtype, homes)
 
 

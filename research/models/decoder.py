@@ -238,8 +238,9 @@ def unstack(
     """Every stack_* entry as a tuple of one tree per layer: what decoding on a CPU wants.
 
     A scanned stack reads each layer's matrices through a copy; separate arrays are read in place.
-    `change` is applied to each layer's matrices and Weights. With `donate` the stacked arrays are
-    deleted one after another, so that no second copy of the parameters ever exists.
+    `change` is applied to each layer's matrices and Weights, also where layers are apart already.
+    With `donate` the stacked arrays are deleted one after another, so that no second copy of the
+    parameters ever exists.
     """
     return {
         name: split_layers(value, change, donate) if name.startswith("stack_") else value
@@ -248,17 +249,30 @@ def unstack(
 
 
 def split_layers(stacked: Params, change: Callable[[Any], Any], donate: bool) -> tuple[Params, ...]:
-    """A stacked tree [L, ...] as L trees."""
+    """A stacked tree [L, ...], or a tuple of L trees, as L trees."""
+    if isinstance(stacked, tuple):
+        return tuple(jax.tree.map(change, tree, is_leaf=is_weight) for tree in stacked)
 
     def split(node: Any) -> list:
         count = jax.tree.leaves(node)[0].shape[0]
         layers = jax.block_until_ready([change(layer(node, index)) for index in range(count)])
         if donate:
-            jax.tree.map(lambda leaf: leaf.delete(), node)
+            jax.tree.map(lambda leaf: leaf.delete() if isinstance(leaf, jax.Array) else None, node)
         return layers
 
     nodes, tree = jax.tree.flatten(stacked, is_leaf=is_weight)
     return tuple(map(tree.unflatten, zip(*map(split, nodes), strict=True)))
+
+
+def restack(tree: Params) -> Params:
+    """The inverse of `unstack`: the form in which parameters are saved and adapted."""
+
+    def stacked(layers: Any) -> Params:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+    return {
+        name: stacked(value) if isinstance(value, tuple) else value for name, value in tree.items()
+    }
 
 
 def empty_cache(

@@ -67,6 +67,11 @@ def shardings(
     leaf never share a mesh axis: the first has it. ShardingError when a name has no rule or a tuple
     does not have one name for each axis.
     """
+    unknown = {axis for axis in rules.values() if axis is not None} - set(mesh.shape)
+    if unknown:
+        raise ShardingError(
+            f"the rules split along {sorted(unknown)}, the mesh has the axes {list(mesh.shape)}"
+        )
     notes: list[str] = []
 
     def place(path: str, axes: tuple, leaf: Array) -> NamedSharding:

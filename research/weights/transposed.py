@@ -37,7 +37,8 @@ class Transposed(Weight):
 
 @jax.jit
 def transpose(tree: Params) -> Params:
-    """Every matrix as a `Transposed`, the base of an adapter too; a Weight without a base stays."""
+    """Every matrix of one layer, or of a head, as a `Transposed`, and the base of an adapter too; a
+    Weight without a base stays. Stacked matrices [L, in, out] are not for it: see `unstack`."""
     return jax.tree.map(_transposed, tree, is_leaf=is_weight)
 
 

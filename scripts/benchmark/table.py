@@ -94,7 +94,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"{_set(row['threads'] for row in rows)} threads, float32; "
         f"{_set(repeats)} repetitions of each, {starts[0]} to {starts[-1]}, at "
         f"{', '.join(commits)}{' with uncommitted changes' if dirty else ''}",
-        f"- both sides under GLIBC_TUNABLES {_set(row['allocator'] or 'unset' for row in rows)}",
+        f"- both sides under GLIBC_TUNABLES {_set(row.get('allocator') or 'unset' for row in rows)}",
         f"- limits before each mode: slowest {limits_line(low)}; fastest {limits_line(high)}",
         f"- cores that other programs kept busy meanwhile: {min(elsewhere):.2f} to "
         f"{max(elsewhere):.2f}",
