@@ -24,7 +24,12 @@ from research.weights.base import is_weight, merge
 
 SHOWN = 8
 # Buffers in old checkpoints that follow from the config.
-DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+DERIVED = (
+    ".rotary_emb.inv_freq",
+    ".rotary_pos_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,25 @@ SIZES = (
     "n_layer",
     "n_head",
     "n_positions",
+    "num_layers",
+    "padded_vocab_size",
+    "inner_hidden_size",
+    "ffn_hidden_size",
+    "kv_channels",
+    "multi_query_group_num",
+    "max_sequence_length",
+    "seq_length",
+    "model_max_length",
 )
 # null says: as follows from the others, or not at all
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "n_inner", "sliding_window")
-NUMBERS = ("rms_norm_eps", "rope_theta", "layer_norm_epsilon", "initializer_range")
+NUMBERS = (
+    "rms_norm_eps",
+    "rope_theta",
+    "layer_norm_epsilon",
+    "layernorm_epsilon",
+    "initializer_range",
+)
 RATES = ("attention_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 OBJECTS = ("rope_parameters", "rope_scaling")
@@ -57,11 +72,12 @@ def require(config: dict[str, Any], name: str, holds: bool, wanted: str) -> None
 def require_heads(config: dict[str, Any]) -> None:
     """Query heads share key/value heads evenly, and a head's features turn in pairs."""
     width, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    shared, size = config.get("num_key_value_heads"), config.get("head_dim")
+    groups = "multi_query_group_num" if "multi_query_group_num" in config else "num_key_value_heads"
+    size_name = "kv_channels" if "kv_channels" in config else "head_dim"
+    shared, size = config.get(groups), config.get(size_name)
     if heads and shared and heads % shared:
         raise ConfigError(
-            f"config.json: num_key_value_heads = {shared} does not divide "
-            f"num_attention_heads = {heads}"
+            f"config.json: {groups} = {shared} does not divide num_attention_heads = {heads}"
         )
     if width and heads and size is None and width % heads:
         raise ConfigError(
@@ -69,7 +85,7 @@ def require_heads(config: dict[str, Any]) -> None:
             "and there is no head_dim"
         )
     if size is not None and size % 2:
-        raise ConfigError(f"config.json: head_dim = {size}; RoPE needs an even number")
+        raise ConfigError(f"config.json: {size_name} = {size}; RoPE needs an even number")
 
 
 def is_number(value: Any) -> bool:

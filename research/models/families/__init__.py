@@ -2,10 +2,10 @@
 
 from types import ModuleType
 
-from research.models.families import gpt, llama, qwen
+from research.models.families import baichuan, chatglm, glm, gpt, llama, qwen
 from research.models.families.checkpoint import ConfigError
 
-FAMILIES = (gpt, llama, qwen)
+FAMILIES = (gpt, llama, qwen, chatglm, glm, baichuan)
 
 
 def find(config: dict) -> ModuleType:
