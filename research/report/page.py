@@ -55,12 +55,16 @@ def render(
         sections.section("Environment", sections.facts(sections.environment(record))),
         sections.section("Config", sections.config(record)),
     ]
-    return _document(title, "\n".join(part for part in body if part))
+    return document(
+        title,
+        "\n".join(part for part in body if part),
+        style=(HERE / "page.css").read_text(),
+        script=(HERE / "page.js").read_text(),
+    )
 
 
-def _document(title: str, body: str) -> str:
-    style = (HERE / "page.css").read_text()
-    script = (HERE / "page.js").read_text()
+def document(title: str, body: str, style: str, script: str) -> str:
+    """A whole page around `body`, which is HTML already; it may load nothing."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -85,13 +89,16 @@ def _document(title: str, body: str) -> str:
 
 def write(path: Path | str, *arguments: Any, **named: Any) -> Path:
     """Writes `render(*arguments, **named)` to `path`, whole or not at all, and returns the path."""
-    path = Path(path)
-    document = render(*arguments, **named)
+    return put(Path(path), render(*arguments, **named))
+
+
+def put(path: Path, text: str) -> Path:
+    """Writes `text` to `path`, whole or not at all, and returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(document)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(scratch, 0o644)  # mkstemp's files are for their owner only
