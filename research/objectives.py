@@ -22,6 +22,7 @@ def next_token(
     chunk: int | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    max_z_loss: float = 0.0,
 ) -> Objective:
     """Cross-entropy of `targets` given the tokens before them, Σ weights · −log p (nats).
 
@@ -31,7 +32,7 @@ def next_token(
     [B, T, V] never exist. `rng` drives dropout; None turns it off. Metrics: loss, accuracy, tokens,
     over the positions of non-zero weight.
     """
-    terms = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+    terms = {"z_loss": z_loss, "label_smoothing": label_smoothing, "max_z_loss": max_z_loss}
     project = partial(project_with, model)
 
     def objective(params: Params, context: Any, batch: Batch, rng: Array | None):

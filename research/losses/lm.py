@@ -1,9 +1,11 @@
 """Next-token cross-entropy, plain and fused with the output projection.
 
-    loss = Σ_t w_t (lse_t − (1−ε) z_t[y_t] − ε mean(z_t) + ζ lse_t²),   lse_t = log Σ_v exp z_t[v]
+    loss = Σ_t w_t (lse_t − (1−ε) z_t[y_t] − ε mean(z_t) + ζ lse_t² + μ max_v z_t[v]²),
+    lse_t = log Σ_v exp z_t[v]
 
-with logits z, label smoothing ε (spread over all V classes, the target included) and the z-loss ζ
-of PaLM (arXiv:2204.02311, §5). Natural logarithm, float32. The loss is a weighted *sum*: the
+with logits z, label smoothing ε (spread over all V classes, the target included), the z-loss ζ of
+PaLM (arXiv:2204.02311, §5) and the max-z loss μ of Baichuan 2 (arXiv:2309.10305, 2e-4 there; its
+code averages the term over all positions, those without loss included; here each has its weight). Natural logarithm, float32. The loss is a weighted *sum*: the
 weights come already normalised (see `research.types.Objective`).
 
 The fused form never holds [B, T, V]. It goes over chunks of positions and takes the gradient of a
@@ -11,7 +13,7 @@ chunk while its logits are there: the cotangent of a sum is one factor, which ca
 computed twice (Cut Cross-Entropy, arXiv:2411.09009, recomputes). Positions without loss are moved
 behind the others and their chunks are not computed, so the head runs only where there is loss.
 
-ε = ζ = 0 gives the negative log-likelihood; both forms agree in value and gradient.
+ε = ζ = μ = 0 gives the negative log-likelihood; both forms agree in value and gradient.
 """
 
 from __future__ import annotations
@@ -36,10 +38,11 @@ Metrics = dict[str, Mean]
 
 @dataclass(frozen=True)
 class Terms:
-    """The two optional terms of the loss: ζ and ε above."""
+    """The optional terms of the loss: ζ, ε and μ above."""
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    max_z_loss: float = 0.0
 
 
 @struct.dataclass
@@ -74,12 +77,13 @@ def cross_entropy(
     weights: Array,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    max_z_loss: float = 0.0,
 ) -> tuple[Array, Metrics]:
     """The loss above from logits [..., V], targets and weights [...]. -> (sum, metrics).
 
     A hit is a target whose logit is the largest; ties count.
     """
-    sums, _ = _sums(logits, targets, weights, Terms(z_loss, label_smoothing))
+    sums, _ = _sums(logits, targets, weights, Terms(z_loss, label_smoothing, max_z_loss))
     return sums.loss, sums.metrics()
 
 
@@ -92,6 +96,7 @@ def fused_cross_entropy(
     chunk: int | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    max_z_loss: float = 0.0,
 ) -> tuple[Array, Metrics]:
     """`cross_entropy(project(params, hidden), ...)` without the logits. -> (sum, metrics).
 
@@ -100,7 +105,7 @@ def fused_cross_entropy(
     Gradients are computed for hidden and for exactly those leaves of `params` that are being
     differentiated; differentiating `weights` is a ValueError. `chunk` counts positions of one row.
     """
-    terms = Terms(z_loss, label_smoothing)
+    terms = Terms(z_loss, label_smoothing, max_z_loss)
     sums = _fused(project, chunk, terms, params, hidden, targets, weights)
     return sums.loss, sums.metrics()
 
@@ -151,6 +156,8 @@ def _sums(logits: Array, targets: Array, weights: Array, terms: Terms) -> tuple[
         loss = loss + terms.label_smoothing * jnp.where(counted, picked - logits.mean(-1), 0)
     if terms.z_loss:
         loss = loss + terms.z_loss * jnp.where(counted, lse, 0) ** 2
+    if terms.max_z_loss:
+        loss = loss + terms.max_z_loss * jnp.where(counted, logits.max(-1), 0) ** 2
     hits = counted & (picked >= top)
     return Sums(
         (loss * weights).sum(),
@@ -167,6 +174,10 @@ def _logits_gradient(logits: Array, lse: Array, targets: Array, weights: Array, 
     vocabulary = lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
     target = jnp.where(vocabulary == targets[..., None], 1 - eps, 0) + eps / z.shape[-1]
     softmax = jnp.exp(z - lse[..., None]) * (1 + 2 * terms.z_loss * lse)[..., None]
+    if terms.max_z_loss:
+        top = z.max(-1, keepdims=True)
+        largest = z == top  # equals share, as in the gradient of a maximum
+        softmax += 2 * terms.max_z_loss * top * largest / largest.sum(-1, keepdims=True)
     return jnp.where((w != 0)[..., None], w[..., None] * (softmax - target), 0).astype(logits.dtype)
 
 
