@@ -76,6 +76,20 @@ PACKAGES = {
             "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
         ),
         Package(
+            "llama-cpp-python",
+            "0.2.90",
+            "sdist",
+            "llama_cpp_python-0.2.90.tar.gz",
+            "419b041c62dbdb9f7e67883a6ef2f247d583d08417058776be0bff05b4ec9e3d",
+        ),
+        Package(
+            "mistral-common",
+            "1.13.1",
+            "wheel",
+            "mistral_common-1.13.1-py3-none-any.whl",
+            "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+        ),
+        Package(
             "sword-text-kjv",
             "14.3-1",
             "deb",

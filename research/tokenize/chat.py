@@ -37,12 +37,12 @@ CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Taori et al. 2023, Stanford Alpaca.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
 
@@ -196,14 +196,3 @@ def encode_completion(
         ids, mask = [tokenizer.bos_id, *ids], [0.0, *mask]
     ids, mask = [*ids, tokenizer.eos_id], [*mask, 1.0]
     return np.asarray(ids, np.int32), np.asarray(mask, np.float32)
-
-
-def encode_alpaca(tokenizer: Tokenizer, messages: Sequence[Message]):
-    """`encode_completion` of one user turn and one assistant turn in Alpaca's plain format."""
-    roles = [message["role"] for message in messages]
-    if roles != ["user", "assistant"]:
-        raise ChatTemplateError(
-            f"Alpaca's format holds one user and one assistant turn; got {roles}"
-        )
-    prompt = alpaca_prompt(messages[0]["content"])
-    return encode_completion(tokenizer, prompt, messages[1]["content"])

@@ -66,6 +66,11 @@ class Tokenizer:
         """The tokenizer in a model directory; TokenizerError names the file that is wrong."""
         return read(Path(directory))
 
+    @classmethod
+    def from_sentencepiece(cls, path: str | Path) -> Tokenizer:
+        """A SentencePiece model file alone, with the special tokens that its trainer named."""
+        return read_sentencepiece(Path(path))
+
     def save(self, directory: str | Path) -> None:
         """Write files from which `from_directory` and `transformers` give the same ids.
 
@@ -102,13 +107,29 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        """The text; TokenizerError when an id is outside the vocabulary or stands for no token."""
+        ids = [int(i) for i in ids]
+        for token_id in set(ids):
+            if self.id_to_token(token_id) is None:
+                raise TokenizerError(
+                    f"token id {token_id} is outside the vocabulary of {self.vocab_size} tokens"
+                )
+        return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def token_to_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
+    def id_of(self, token: str) -> int:
+        """The id of a token that must be there, a control token say; TokenizerError if it is not."""
+        token_id = self.token_to_id(token)
+        if token_id is None:
+            raise TokenizerError(
+                f"token {token!r} is not in the vocabulary of {self.vocab_size} tokens"
+            )
+        return token_id
+
     def id_to_token(self, token_id: int) -> str | None:
-        return self.backend.id_to_token(int(token_id))
+        return self.backend.id_to_token(int(token_id)) if 0 <= token_id < self.vocab_size else None
 
 
 def read(directory: Path) -> Tokenizer:
@@ -129,6 +150,17 @@ def read(directory: Path) -> Tokenizer:
         stop_ids=_stop_ids(directory, ids["eos_id"]),
         sentencepiece=proto,
     )
+
+
+def read_sentencepiece(path: Path) -> Tokenizer:
+    """See `Tokenizer.from_sentencepiece`."""
+    if not path.is_file():
+        raise TokenizerError(f"{path}: there is no such file")
+    proto = path.read_bytes()
+    model = spm.parse(proto, str(path))
+    ids = {f"{name}_id": getattr(model.trainer_spec, f"{name}_id") for name in NAMED}
+    ids = {name: index if index >= 0 else None for name, index in ids.items()}
+    return Tokenizer(spm.backend(model), **ids, sentencepiece=proto)
 
 
 def write(tokenizer: Tokenizer, directory: Path) -> None:

@@ -144,13 +144,12 @@ def test_no_template_is_an_error(tokenizer):
         chat.render(with_template(tokenizer, None), TALK)
 
 
-def test_alpaca_format(tokenizer):
+def test_alpaca_prompt_and_completion(tokenizer):
     assert chat.alpaca_prompt("Add.", "1 2").endswith(
-        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"
     )
-    assert "### Input" not in chat.alpaca_prompt("Add.")
-    ids, mask = chat.encode_alpaca(tokenizer, TALK[3:])
+    prompt = chat.alpaca_prompt("Add.")
+    assert "### Input" not in prompt and prompt.endswith("Add.\n\n### Response:")
+    ids, mask = chat.encode_completion(tokenizer, prompt, "Goodbye.")
     assert tokenizer.decode(ids[mask == 1], skip_special=False) == "Goodbye.<|im_end|>"
     assert ids[0] == tokenizer.bos_id and mask[0] == 0
-    with pytest.raises(chat.ChatTemplateError, match="one user and one assistant turn"):
-        chat.encode_alpaca(tokenizer, TALK)
