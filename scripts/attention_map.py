@@ -66,9 +66,7 @@ def draw(weights: np.ndarray, name: str) -> Figure:
         sheet[at : at + T, across : across + T] = shown
     figure = Figure(figsize=(0.55 * N + 1.6, 0.55 * L + 1), layout="constrained")
     axis = figure.subplots()
-    picture = axis.imshow(
-        sheet, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="antialiased"
-    )
+    picture = axis.imshow(sheet, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     axis.set_xticks([(T + gap) * n + T / 2 for n in range(N)], range(N), fontsize=8)
     axis.set_yticks([(T + gap) * n + T / 2 for n in range(L)], range(L), fontsize=8)
     axis.set(xlabel="head", ylabel="layer")

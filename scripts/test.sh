@@ -12,4 +12,7 @@ setup_environment .venv requirements.txt
 if [ ! -x .references/venv/bin/python ]; then
     say "Comparisons with live reference libraries are skipped: bash scripts/references.sh makes them run"
 fi
+if [ ! -x .references/chromium/browser ]; then
+    say "The attention page is not tried in a browser: bash scripts/browser.sh fetches one"
+fi
 exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" "$@"

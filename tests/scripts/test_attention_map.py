@@ -29,7 +29,7 @@ def model_directory(tmp_path_factory):
     backend.decoder = decoders.ByteLevel()
     config = llama(256, 3, 16, 4, 2, 16, head_size=8, init_std=0.6, max_length=40)
     model = decoder.Decoder(config)
-    params = decoder.init(model, jax.random.key(2))
+    params = jax.jit(decoder.init, static_argnums=0)(model, jax.random.key(2))
     params = jax.tree.map(lambda w: w * 20 if w.ndim == 3 else w, params)
     path = tmp_path_factory.mktemp("model") / "tiny"
     hub.save(path, hub.Pretrained(model, params, Tokenizer(backend), to_huggingface(config)))
