@@ -64,7 +64,7 @@ def test_every_kind_acts_by_itself(params, tokens, only):
     assert np.abs(first - run(model, params, tokens)).max() > 0.1
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", list(FORMS)[1:])
 def test_one_key_draws_the_same_in_every_form(params, tokens, form):
     """Values and gradients: what is rebuilt for the backward pass is drawn as before."""
 
