@@ -280,9 +280,4 @@ def pick(rows: Array, chosen: Array) -> Array:
 
 def reorder(cache: Cache, rows: Array) -> Cache:
     """A cache of separate layers whose row i is what row rows[i] was."""
-    take = partial(jnp.take, indices=rows, axis=0)
-    return cache.replace(
-        layers=jax.tree.map(take, cache.layers),
-        segment_ids=take(cache.segment_ids),
-        lengths=take(cache.lengths),
-    )
+    return jax.tree.map(lambda a: jnp.take(a, rows, axis=0) if a.ndim else a, cache)
