@@ -53,7 +53,11 @@ def attention_weights(q: Array, k: Array, mask: Mask, scale: float | None = None
     scores = scores.reshape(B, N, T, S)
     if mask.slopes is not None:
         scores += mask.slopes[None, :, None, None] * distance(mask, T, S)
-    visible = to_dense(mask, T, S)
+    return masked_softmax(scores, to_dense(mask, T, S))
+
+
+def masked_softmax(scores: Array, visible: Array) -> Array:
+    """Softmax over the last axis where `visible`, 0 elsewhere; 0 throughout where nothing is."""
     peak = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-jnp.inf)
     # Softmax does not depend on the peak, so no gradient need flow through the search for it.
     peak = lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))

@@ -29,6 +29,7 @@ class Inputs:
     mask: Mask
     position: NoPosition = struct.field(pytree_node=False)
     attend: Attend = struct.field(pytree_node=False)
+    positions: Array | None = None  # [1 or B, T], of the tokens in their rows
 
 
 @struct.dataclass
@@ -46,6 +47,7 @@ class Cache:
     layers       as the parameters are: per stack and block, stacked or one per layer
     segment_ids  [B, S] of the filled slots; 0 is padding or not yet filled. New tokens are of
                  segment 1 unless they say otherwise, so that is what a row's past should be
+                 (None: no layer keeps a slot for every token, and the cache has no end)
     index        int32 scalar, the next free slot; who writes past the last one under jit, where it
                  cannot be checked, overwrites the last
     lengths      [B] int32, real tokens so far: the position of the next one
@@ -53,7 +55,7 @@ class Cache:
     """
 
     layers: tuple
-    segment_ids: Array
+    segment_ids: Array | None
     index: Array
     lengths: Array
     context: Any = struct.field(default=None, kw_only=True)
@@ -132,6 +134,9 @@ class Attention(nn.Module):
     def _heads(self, name: str, count: int, axis: str) -> Linear:
         return Linear(count * self.head_size, ("embed", axis), self.bias, name=name)
 
-    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LayerCache:
+    def empty_cache(self, batch: int, length: int | None, dtype: jnp.dtype) -> LayerCache:
+        """Of `length` slots. ValueError for None, which is for layers whose cache does not grow."""
+        if length is None:
+            raise ValueError("Attention keeps every token: its cache needs a length")
         shape = (batch, length, self.kv_heads, self.head_size)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -77,7 +77,7 @@ class Decoder(nn.Module):
             return
         x, at = jnp.zeros((1, 1, config.width), config.dtype), jnp.zeros((1, 1), jnp.int32)
         tables = config.position.tables(at, head_size(config))
-        inputs = Inputs(tables, Mask(), config.position, reference)
+        inputs = Inputs(tables, Mask(), config.position, reference, at)
         for number, stack in enumerate(config.stacks):
             self.param(f"stack_{number}", init_stack, stack, x, inputs)
 
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             tokens, positions, segment_ids, mask or Mask(), cache, config.position
         )
         tables = config.position.tables(positions, head_size(config))
-        inputs = Inputs(tables, mask, config.position, config.attend)
+        inputs = Inputs(tables, mask, config.position, config.attend, positions)
         x = self.embed(tokens).astype(config.dtype)
         if self.position is not None:
             # Padding stands at 0: however much there is, it asks for no row that a table lacks.
@@ -183,7 +183,9 @@ def arrange(
     real = (segment_ids != 0).astype(jnp.int32)
     if positions is None:
         positions = jnp.maximum(cache.lengths[:, None] + jnp.cumsum(real, axis=1) - 1, 0)
-    keys = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.index))
+    keys = cache.segment_ids
+    if keys is not None:
+        keys = jax.lax.dynamic_update_slice(keys, segment_ids, (0, cache.index))
     mask = mask.replace(offset=cache.index, query_segments=segment_ids, key_segments=keys)
     positions, mask, context = scheme.place(tokens, positions, mask, cache.context)
     taken = cache.replace(
@@ -197,6 +199,8 @@ def arrange(
 
 def require_room(cache: Cache, T: int) -> None:
     """ValueError when T more tokens do not fit, where the index is known (outside jit)."""
+    if cache.segment_ids is None:
+        return
     slots = cache.segment_ids.shape[1]
     if not isinstance(cache.index, jax.core.Tracer) and int(cache.index) + T > slots:
         raise ValueError(f"the cache holds {int(cache.index)} of {slots} tokens, no room for {T}")
@@ -276,9 +280,13 @@ def restack(tree: Params) -> Params:
 
 
 def empty_cache(
-    model: Decoder, batch: int, length: int, dtype: Any = None, stacked: bool = True
+    model: Decoder, batch: int, length: int | None, dtype: Any = None, stacked: bool = True
 ) -> Cache:
-    """A cache of `length` slots. `stacked=False` goes with unstacked parameters."""
+    """A cache of `length` slots. `stacked=False` goes with unstacked parameters.
+
+    Without a length it has no end, for models whose layers keep a bounded part of the past
+    (`sinks`, `linear_attention`); ValueError for others.
+    """
     config = model.config
     dtype = config.dtype if dtype is None else dtype
 
@@ -291,7 +299,7 @@ def empty_cache(
 
     return Cache(
         layers=tuple(of(stack) for stack in config.stacks),
-        segment_ids=jnp.zeros((batch, length), jnp.int32),
+        segment_ids=None if length is None else jnp.zeros((batch, length), jnp.int32),
         index=jnp.zeros((), jnp.int32),
         lengths=jnp.zeros((batch,), jnp.int32),
         context=config.position.context(batch),
