@@ -2,7 +2,8 @@
 
 A text may be cut into pieces in many ways; the probability of one is the product of those of its
 pieces. Viterbi finds the best: best[end] = max over pieces ending at `end` of
-best[start] + log p(piece). SentencePiece does the same, in float32; ids and ties follow it.
+best[start] + log p(piece). SentencePiece does the same in float32, whose rounding may choose
+otherwise between two cuts of equal score (a run of spaces).
 """
 
 from __future__ import annotations

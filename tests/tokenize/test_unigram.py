@@ -32,8 +32,10 @@ def test_no_cut_is_more_probable(text):
 
 
 def test_ids_of_sentencepiece():
-    lines = three_languages()
-    proto = train_sentencepiece(lines[::2], 3500).sentencepiece
+    # A run of spaces can be cut in two ways of equal score, which rounding tells apart.
+    lines = [line for line in three_languages(140) if "  " not in line]
+    assert len(lines) > 350
+    proto = train_sentencepiece(lines[::2], 1800).sentencepiece
     model = spm.parse(proto)
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == spm.NORMAL}
     ids = {piece.piece: index for index, piece in enumerate(model.pieces)}
