@@ -19,7 +19,7 @@ from jax import lax
 from research.decode.filters import Past
 from research.decode.generate import prefill
 from research.decode.sampling import Filters, filtered
-from research.models.attention import Cache
+from research.models.attention import Cache, LayerCache
 from research.models.decoder import Decoder
 from research.types import Array, Params
 
@@ -153,7 +153,15 @@ def draw(key: Array, weights: Array) -> Array:
 
 
 def rollback(cache: Cache, index: Array) -> Cache:
-    """The cache as it was when `index` slots were filled; every slot given back held a token."""
+    """The cache as it was when `index` slots were filled; every slot given back held a token.
+
+    ValueError for layers that do not keep every token: what they forgot does not come back.
+    """
+    kept = jax.tree.leaves(cache.layers, is_leaf=lambda node: isinstance(node, LayerCache))
+    if not all(isinstance(layer, LayerCache) for layer in kept):
+        raise ValueError(
+            "a cache that forgets (StreamingAttention, LinearAttention) cannot go back"
+        )
     filled = jnp.arange(cache.segment_ids.shape[1]) < index
     return cache.replace(
         index=index,
