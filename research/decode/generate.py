@@ -90,7 +90,8 @@ def generate(
     does not fit the vocabulary or the trie.
     """
     config = model.config
-    check_prompts(prompts, config.vocab_size, config.max_length, sampling.max_tokens)
+    context, missing = config.max_length, config.position.missing
+    check_prompts(prompts, config.vocab_size, context, sampling.max_tokens, missing)
     sampling.check_ids(config.vocab_size)
     if among is not None:
         among.check(config.vocab_size, sampling.max_tokens)

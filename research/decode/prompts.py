@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,9 +35,16 @@ def left_padded(
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], vocab_size: int, context: int, max_tokens: int
+    prompts: Sequence[Sequence[int]],
+    vocab_size: int,
+    context: int,
+    max_tokens: int,
+    missing: Callable[[Sequence[int]], str | None] = lambda prompt: None,
 ) -> None:
-    """PromptError naming the first prompt that cannot be continued by `max_tokens` tokens."""
+    """PromptError naming the first prompt that cannot be continued by `max_tokens` tokens.
+
+    missing: what a position scheme says that a prompt lacks, see `NoPosition.missing`.
+    """
     if not len(prompts):
         raise PromptError("no prompts: expected a list of lists of token ids")
     for row, prompt in enumerate(prompts):
@@ -52,3 +59,5 @@ def check_prompts(
                 f"prompt {row} has {len(prompt)} tokens and max_tokens is {max_tokens}: "
                 f"together more than the context of {context}"
             )
+        if (lack := missing(prompt)) is not None:
+            raise PromptError(f"prompt {row} {lack}")

@@ -52,8 +52,14 @@ class Pretrained:
     generation: dict[str, Any] = field(default_factory=dict)
 
     def logits(self, tokens: Any) -> Array:
-        """Token ids [B, T] (or [T], as one row) -> logits [B, T, V] float32."""
+        """Token ids [B, T] (or [T], as one row) -> logits [B, T, V] float32.
+
+        ValueError naming the row whose tokens lack what says where they stand (ChatGLM-6B).
+        """
         tokens = jnp.atleast_2d(jnp.asarray(tokens, jnp.int32))
+        for row, ids in enumerate(tokens.tolist()):
+            if (lack := self.model.config.position.missing(ids)) is not None:
+                raise ValueError(f"row {row} {lack}")
         return _logits(self.model, self.params, tokens)
 
 

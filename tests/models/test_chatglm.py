@@ -10,7 +10,7 @@ from chatglm_numpy import GMASK, MASK, SOP, config, logits, positions, random_te
 from safetensors.numpy import load_file, save_file
 
 from research import hub
-from research.decode import Sampling, generate
+from research.decode import PromptError, Sampling, generate
 from research.kernels.mask import Mask
 from research.models import decoder
 from research.models.families import ConfigError, chatglm, find, glm
@@ -143,6 +143,11 @@ def test_a_row_without_start_or_mask_is_refused_or_nan(loaded, apply):
         with pytest.raises(ValueError, match="row 0 is not one prompt with a mask token"):
             loaded.model.apply(params, jnp.array([row]))
         assert np.isnan(apply(jnp.array([row]))).all()
+    with pytest.raises(ValueError, match=f"row 1 lacks the start token {SOP}"):
+        loaded.logits([[5, GMASK, SOP], [5, 9, GMASK]])
+    with pytest.raises(PromptError, match="prompt 1 has none of the mask tokens"):
+        prompts = [[GMASK, SOP], [5, SOP, GMASK]]
+        generate(loaded.model, loaded.params, prompts, jax.random.key(0), Sampling(max_tokens=4))
     two = jnp.array([[1, 1, 1, 2, 2, 2]])
     with pytest.raises(ValueError, match="row 0 is not one prompt"):
         loaded.model.apply(params, jnp.array([[4, GMASK, SOP] * 2]), segment_ids=two)
