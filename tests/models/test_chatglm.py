@@ -13,6 +13,7 @@ from research import hub
 from research.decode import PromptError, Sampling, generate
 from research.kernels.mask import Mask
 from research.models import decoder
+from research.models.block import DeepNorm, NormedResidual
 from research.models.families import ConfigError, chatglm, find, glm
 from research.models.prefix import PrefixRope2d
 
@@ -189,6 +190,17 @@ def test_neither_generation_is_named():
         chatglm.from_huggingface({"model_type": "chatglm"})
     with pytest.raises(ConfigError, match="GLM-130B has none"):
         chatglm.to_huggingface(chatglm.PRESETS["glm-130b"])
+
+
+def test_the_residual_is_deep_norm_counted_from_another_place(key):
+    """norm1, f1, norm2, f2, norm3: from the first norm on DeepNorm's post-norms are the next ones."""
+    x, *scales = jax.random.normal(key, (6, 3, 8))
+    norm1, norm2, norm3 = (lambda y, s=s: s * (y - y.mean(-1, keepdims=True)) for s in scales[:3])
+    f1, f2 = (lambda y, s=s: jnp.tanh(s * y) for s in scales[3:])
+    ours, theirs = NormedResidual(1.7), DeepNorm(1.7)
+    got = norm3(ours(norm2, f2, ours(norm1, f1, x)))
+    want = theirs(norm3, f2, theirs(norm2, f1, norm1(x)))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 PRESETS = chatglm.PRESETS | glm.PRESETS
