@@ -215,3 +215,6 @@ def _likelihood(
     text = tokenizer.decode(table["targets"].reshape(-1).tolist())  # ends stand for no text
     batches = packing.batches(table, min(max(EVAL_TOKENS // length, 1), len(rows)))
     return nll.held_out(model, params, batches, byte_count=len(text.encode()))
+
+
+SMOKE = Recipe(wiki, 300, length=16, batch_size=2, steps=2, eval_lengths=(16, 32), eval_tokens=64)
