@@ -25,7 +25,10 @@ def load(name: str, directory: Path = RESULTS) -> list[results.Row]:
     path = directory / f"{name}.jsonl"
     rows = results.latest(results.read(path))
     if not rows:
-        have = ", ".join(sorted(p.stem for p in directory.glob("*.jsonl") if p.stem != "bench")) or "none"
+        have = (
+            ", ".join(sorted(p.stem for p in directory.glob("*.jsonl") if p.stem != "bench"))
+            or "none"
+        )
         raise SystemExit(f"{path} has no rows; experiments with results: {have}")
     return rows
 

@@ -1,5 +1,7 @@
 """Generation on a tiny random model, against a loop that runs the full forward pass each time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ from research.decode.generate import advance, for_decoding
 from research.decode.prompts import bucket, left_padded
 from research.models import decoder
 from research.models.attention import Attention
-from research.models.layers import GatedMlp
+from research.models.layers import GatedMlp, Linear
 from research.weights import lora, merge
 from research.weights.base import is_weight
+from research.weights.transposed import Transposed
 
 V, D = 60, 32
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [59, 0]]
@@ -127,10 +130,30 @@ def test_stop_ids_end_a_row_and_are_kept(model, params, greedy):
     assert isinstance(out, Generation) and out.tokens.shape == (4, 12)
 
 
-@pytest.mark.parametrize("form", [decoder.unstack, for_decoding])
+def decoded_twice(params):
+    return for_decoding(for_decoding(decoder.unstack(params)))
+
+
+@pytest.mark.parametrize("form", [decoder.unstack, for_decoding, decoded_twice])
 def test_parameters_in_another_form_give_the_same(model, params, greedy, form):
     out = generate(model, form(params), PROMPTS, jax.random.key(0), GREEDY)
     np.testing.assert_array_equal(out.tokens, greedy.tokens)
+
+
+def test_decoding_reads_every_large_matrix_transposed(model):
+    head = Linear(V, ("embed", "vocab"))
+    untied = decoder.Decoder(dataclasses.replace(model.config, head=head))
+    params = decoder.init(untied, jax.random.key(3))
+    ready = for_decoding(params)
+    matrices = [
+        w for w in jax.tree.leaves(ready, is_leaf=is_weight) if np.ndim(w) == 2 or is_weight(w)
+    ]
+    assert [w is ready["embed"]["table"] for w in matrices if not is_weight(w)] == [True]
+    assert isinstance(ready["head"]["kernel"], Transposed) and len(matrices) == 2 + 2 * 7
+    got, want = (
+        generate(untied, form, PROMPTS, jax.random.key(0), GREEDY) for form in (ready, params)
+    )
+    np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
 def test_an_adapter_not_merged_decodes_like_the_merged_matrices(model, params):

@@ -6,13 +6,15 @@ import jax
 import numpy as np
 import pytest
 from hub_reference import FIXTURES
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from research import hub
 from research.hub.assemble import assemble, disassemble
 from research.hub.checkpoint import Checkpoint, CheckpointError
 from research.models.families.checkpoint import Columns, Entry, packed
 from research.paths import named_leaves
-from research.train.sharding import make_mesh
+from research.train.sharding import ShardingError, make_mesh
 
 L, D, H, N = 2, 5, 3, 4
 
@@ -82,6 +84,19 @@ def test_parts_that_do_not_make_a_tensor_are_refused(entries):
         disassemble(entries, {name: np.zeros((3, 2), np.float32) for name in "qkv"})
 
 
+def test_columns_that_do_not_divide_and_leaves_named_twice_are_refused():
+    with pytest.raises(CheckpointError, match="cuts q from w in groups of 2 columns, and it has 3"):
+        disassemble(packed("w", {"q": 2, "k": 2}), {n: np.zeros((4, 3)) for n in "qk"})
+    with pytest.raises(CheckpointError, match="named twice q"):
+        disassemble([Entry("q", "a"), Entry("q", "b")], {"q": np.zeros(2)})
+
+
+def test_a_packed_tensor_has_room_for_its_widest_part():
+    leaves = {"q": np.ones((3, 2), np.float16), "k": np.full((3, 2), 1e6, np.float32)}
+    specs, tensors = disassemble(packed("w", {"q": 2, "k": 2}), leaves)
+    assert specs["w"][1] == np.float32 and dict(tensors)["w"].max() == 1e6
+
+
 def test_a_packed_tensor_of_another_shape_is_refused():
     stored = checkpoint({"w": np.zeros((3, 7), np.float32)})
     with pytest.raises(CheckpointError, match=r"w has shape \[3, 7\], expected \[3, 6\]"):
@@ -101,3 +116,29 @@ def test_on_a_mesh_every_leaf_is_read_into_its_shards(shape):
     assert split > 5
     tokens = np.arange(6)[None]
     np.testing.assert_allclose(spread.logits(tokens), whole.logits(tokens), atol=1e-5)
+
+
+def test_without_a_mesh_no_leaf_is_bound_to_a_device():
+    loaded = hub.load(FIXTURES / "tiny_llama" / "gqa")
+    assert not any(leaf.committed for leaf in jax.tree.leaves(loaded.params))
+    tokens = jax.device_put(np.zeros((8, 4), np.int32), NamedSharding(make_mesh(8), P("data")))
+    assert loaded.logits(tokens).shape[:2] == (8, 4)
+
+
+def test_each_shard_is_read_once_and_what_is_replicated_is_said(capsys):
+    reads = []
+    tensors = {"w": np.arange(24, dtype=np.float32).reshape(4, 6)}
+    stored = Checkpoint(
+        Path("memory"), {}, {"w": (4, 6)}, lambda name: (reads.append(name), tensors[name])[1]
+    )
+    home = NamedSharding(make_mesh(4, 2), P("fsdp"))  # two shards, four copies of each
+    found = assemble(stored, [Entry("w", "w")], tree(w=(4, 6)), shardings={"w": home})
+    np.testing.assert_array_equal(found["w"], tensors["w"])
+    assert len(reads) == 2 and found["w"].sharding == home
+    hub.load(FIXTURES / "tiny_llama" / "gqa", mesh=make_mesh(tensor=8))
+    assert "kv_heads (2) is replicated, tensor=8 does not divide it" in capsys.readouterr().out
+
+
+def test_a_mesh_of_other_axes_is_refused():
+    with pytest.raises(ShardingError, match=r"the mesh has the axes \['x'\]"):
+        hub.load(FIXTURES / "tiny_llama" / "gqa", mesh=jax.make_mesh((8,), ("x",)))

@@ -15,6 +15,7 @@ from research.models import decoder
 from research.models.families.llama import llama
 from research.models.layers import GatedMlp
 from research.paths import named_leaves
+from research.weights import lora
 
 CONFIG = llama(50, 3, 24, 6, 2, 32, head_size=8, max_length=64, init_std=0.4)
 MODEL = decoder.Decoder(CONFIG)
@@ -41,6 +42,19 @@ def test_unstacking_can_give_the_stacks_up(params, tokens):
     split = decoder.unstack(given, donate=True)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given["stack_0"]))
     np.testing.assert_array_equal(apply(split, tokens), apply(decoder.unstack(params), tokens))
+    again = decoder.unstack(split, donate=True)  # nothing to split, nothing given up
+    np.testing.assert_array_equal(apply(again, tokens), apply(split, tokens))
+    on_host = jax.tree.map(np.asarray, params)
+    np.testing.assert_array_equal(
+        apply(decoder.unstack(on_host, donate=True), tokens), apply(split, tokens)
+    )
+
+
+def test_restack_is_the_inverse_of_unstack(params):
+    tuned = lora.add(params, r".*/q/kernel", jax.random.key(1), rank=2)
+    again = decoder.restack(decoder.unstack(tuned))
+    assert jax.tree.structure(again) == jax.tree.structure(tuned)
+    jax.tree.map(np.testing.assert_array_equal, again, tuned)
 
 
 def test_unscanned_and_unstacked_equal_scanned(params, tokens):
