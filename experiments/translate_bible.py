@@ -4,10 +4,11 @@ Trained on the verses of two Bibles in the public domain, the King James Version
 1909, which are aligned by their references; four books are held out whole, two more are for the
 loss during training. BLEU and chrF by sacrebleu, by greedy search and by four beams.
 
-Differs from the paper: 31,000 short pairs in one style, not 4.5 million; a model of 4M parameters;
+Differs from the paper: 31,000 short pairs in one style, not 4.5 million; a model of 1.4M parameters;
 pre-norm where `residual` says so; the rate of the paper times `rate`; scores divided by
 length^penalty.
-Run:    python -m experiments.translate_bible
+Run:    python -m experiments.translate_bible        (about 10 min of 2 cores, estimated: 0.45 s of one
+        core a step, 1500 steps)
 Expect: held-out loss falls throughout; four beams a little above greedy in BLEU. Not yet run at full.
 """
 
@@ -51,16 +52,16 @@ class Config:
     """`length` in tokens a row and side; longer verses are left out, in training. `test` verses."""
 
     vocab_size: int = 4096
-    layers: int = 3
-    width: int = 192
-    heads: int = 6
-    ffn: int = 768
+    layers: int = 2
+    width: int = 128
+    heads: int = 4
+    ffn: int = 512
     residual: Residual = post_norm
     dropout: float = 0.1
     label_smoothing: float = 0.1
     length: int = 128
     batch_size: int = 16
-    steps: int = 1400
+    steps: int = 1500
     rate: float = 0.5
     warmup_steps: int = 400
     penalty: float = 0.6
