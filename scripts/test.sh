@@ -15,4 +15,5 @@ fi
 if [ ! -x .references/chromium/browser ]; then
     say "The attention page is not tried in a browser: bash scripts/browser.sh fetches one"
 fi
-exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" "$@"
+# A file stays with one worker, which compiles its models and reads its vocabularies once.
+exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile "$@"
