@@ -101,7 +101,7 @@ class Config:
 
     variant: Callable[[Sizes], Attentions] = multi_head
     sizes: Sizes = Sizes()
-    recipe: Recipe = Recipe(length=256, batch_size=8, steps=150, eval_lengths=(256,))
+    recipe: Recipe = Recipe(length=256, batch_size=8, steps=100, eval_lengths=(256,))
     cache_length: int = 2048
     prompt: int = 200
     answer: int = 128

@@ -43,7 +43,7 @@ class Config:
     width: int = 128
     heads: int = 8
     ffn: int = 344
-    recipe: Recipe = Recipe(length=LENGTH, steps=200, eval_lengths=(LENGTH, 256, 512))
+    recipe: Recipe = Recipe(length=LENGTH, steps=120, eval_lengths=(LENGTH, 256, 512))
     seed: int = 0
 
 
