@@ -1,4 +1,4 @@
-"""Beam search against what transformers found: a tiny model, ten ways to search.
+"""Beam search against what transformers found: a tiny model, and SmolLM2's real weights.
 
 The sequences and scores are what scripts/references/beam_search.py writes (transformers 5.23.0).
 """
@@ -12,6 +12,7 @@ import pytest
 from research import hub
 from research.decode import Beams, beam_search
 from research.decode.generate import for_decoding
+from research.hub.download import smollm2
 
 HERE = Path(__file__).parent
 GQA = HERE.parent / "hub/fixtures/tiny_llama/gqa"
@@ -50,7 +51,16 @@ def test_tiny_model_equals_transformers():
     compare(hub.load(GQA), table, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["tiny"])
+@pytest.mark.weights
+def test_smollm2_equals_transformers():
+    base, table = hub.load(smollm2()), record("smollm2")
+    prompts = table["prompts"]
+    assert len(prompts) == 10
+    assert [base.tokenizer.encode(p["text"]) for p in prompts] == [p["ids"] for p in prompts]
+    compare(base, table, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
 def test_the_fixture_has_ends_of_both_kinds(name):
     """Otherwise nothing is said about stop ids, or about the limit."""
     table = record(name)
