@@ -8,9 +8,9 @@ prompt favours anyway taken out: PMI (Holtzman et al. 2021) and contextual calib
 Differs from the papers: 135M parameters and 4-bit weights made dense; an instruction-tuned model
 without its chat template; the examples are the same for all questions of a run.
 Run:    python -m experiments.few_shot --sweep      (0, 1, 4 shots; the last two with 2 seeds)
-Expect: a hypothesis. Little gain from examples, as in-context learning grows with size (Brown et
-        al.: the smallest models gain least); a spread over the choice of examples as large as the
-        gain, and smaller after calibration (Zhao et al.); PMI above raw (Holtzman et al.).
+Expect: no gain from examples, near chance throughout, and a spread over the choice of examples larger
+        than any difference between counts: what Brown et al. say of the smallest models. Neither
+        PMI nor calibration helps here.
 """
 
 from __future__ import annotations
