@@ -51,6 +51,14 @@ class Trie:
         """[B] bool: whether an answer ends here."""
         return jnp.asarray(self.tokens)[nodes, 0] < 0
 
+    def check_rules(self, banned: Sequence[int], forced: Sequence[int]) -> None:
+        """ValueError for rules that could leave no answer, or make another of it."""
+        wanted = sorted(set(banned) & set(np.asarray(self.tokens).ravel().tolist()))
+        if wanted:
+            raise ValueError(f"banned_ids {wanted} are tokens of the answers")
+        if len(forced):
+            raise ValueError("forced_ids and answers to choose among exclude each other")
+
     def check(self, vocab_size: int, max_tokens: int) -> None:
         """ValueError when an id is outside the vocabulary or an answer longer than `max_tokens`."""
         if self.tokens.max() >= vocab_size:

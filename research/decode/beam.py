@@ -150,7 +150,8 @@ def beam_search(
     long for the context; ValueError when there are more beams than sequences.
     """
     config = model.config
-    check_prompts(prompts, config.vocab_size, config.max_length, search.max_tokens)
+    missing = config.position.missing
+    check_prompts(prompts, config.vocab_size, config.max_length, search.max_tokens, missing)
     search.check(config.vocab_size)
     width = bucket(max(len(prompt) for prompt in prompts))
     tokens, segments = left_padded(prompts, width, pad_id)

@@ -95,6 +95,7 @@ def generate(
     sampling.check_ids(config.vocab_size)
     if among is not None:
         among.check(config.vocab_size, sampling.max_tokens)
+        among.check_rules(sampling.banned_ids, sampling.forced_ids)
     every = sampling.max_tokens if callback is None else stream_every
     if every < 1:
         raise ValueError(f"stream_every must be at least 1, got {stream_every}")

@@ -1,7 +1,7 @@
 """How the next token is chosen from logits [B, V]: which filters, and a choice.
 
-The order is that of Hugging Face's processors: repetition penalty, repeated n-grams, banned and
-forced tokens, temperature, top-k, top-p, min-p, typical, epsilon, eta.
+The order is that of Hugging Face's processors: repetition penalty, banned tokens,
+repeated n-grams, forced tokens, temperature, top-k, top-p, min-p, typical, epsilon, eta.
 """
 
 from __future__ import annotations

@@ -82,9 +82,12 @@ def speculate(
     vocabulary.
     """
     config = model.config
-    check_prompts([prompt], config.vocab_size, config.max_length, sampling.max_tokens)
+    limits = config.max_length, sampling.max_tokens
+    check_prompts([prompt], config.vocab_size, *limits, config.position.missing)
     sampling.check_ids(config.vocab_size)
     check_draft(draft, draft_params, config.vocab_size, len(prompt) + sampling.max_tokens)
+    if isinstance(draft, DraftModel):
+        check_prompts([prompt], config.vocab_size, *limits, draft.model.config.position.missing)
     if len(prompt) + sampling.max_tokens + draft.count > config.max_length:
         raise PromptError(
             f"the prompt has {len(prompt)} tokens, max_tokens is {sampling.max_tokens} and the "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -131,6 +132,14 @@ class Decoder(nn.Module):
             x = self.final_norm(x)
         return x if past is None else (x, past.replace(layers=tuple(layers)))
 
+    def begin(self) -> Array:
+        """What `init` runs: every parameter outside the stacks is met, and no token placed."""
+        at = jnp.zeros((1, 1), jnp.int32)
+        x = self.embed(at)
+        if self.position is not None:
+            x += self.position(at)
+        return self.project(x if self.final_norm is None else self.final_norm(x))
+
     def project(self, states: Array) -> Array:
         """States [..., D] -> logits [..., V] float32: the head alone."""
         logits = self.embed.attend(states) if self.head is None else self.head(states)
@@ -220,13 +229,13 @@ def require_positions(most: int | None, positions: Array | int) -> None:
 
 def init(model: Decoder, rng: Array) -> Params:
     """Fresh parameters: a nested dict of float32 arrays."""
-    params = nn.meta.unbox(model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"])
+    params = nn.meta.unbox(model.init(rng, method="begin")["params"])
     return begin(params, model.config.init_rules, rng)
 
 
 def axes(model: Decoder) -> Params:
     """The tree of `init`, each leaf a tuple of logical axis names. Nothing is allocated."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    boxed = jax.eval_shape(partial(model.init, method="begin"), jax.random.key(0))["params"]
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=nn.meta.is_axis_metadata)
 
 

@@ -102,3 +102,8 @@ def test_answers_that_do_not_fit(tiny):
         run(Sampling(max_tokens=4), among=trie_of([[9]]))
     with pytest.raises(ValueError, match="longest answer has 5 tokens, max_tokens is 4"):
         run(Sampling(max_tokens=4), among=trie_of(ANSWERS))
+    token = ANSWERS[0][0]
+    with pytest.raises(ValueError, match=rf"banned_ids \[{token}\] are tokens of the answers"):
+        run(Sampling(max_tokens=9, banned_ids=(token,)), among=trie_of(ANSWERS))
+    with pytest.raises(ValueError, match="forced_ids and answers to choose among exclude each other"):
+        run(Sampling(max_tokens=9, forced_ids=(token,)), among=trie_of(ANSWERS))

@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from research import hub
 from research.decode import PromptError, Sampling, generate
+from research.decode.beam import Beams, beam_search
+from research.decode.speculative import speculate
 from research.kernels.mask import Mask
 from research.models import decoder
 from research.models.block import DeepNorm, NormedResidual
@@ -152,6 +154,19 @@ def test_a_row_without_start_or_mask_is_refused_or_nan(loaded, apply):
     two = jnp.array([[1, 1, 1, 2, 2, 2]])
     with pytest.raises(ValueError, match="row 0 is not one prompt"):
         loaded.model.apply(params, jnp.array([[4, GMASK, SOP] * 2]), segment_ids=two)
+
+
+def test_no_way_of_decoding_reads_a_prompt_without_its_markers(loaded):
+    given, few = (loaded.model, loaded.params), Sampling(temperature=0, max_tokens=2)
+    with pytest.raises(PromptError, match=f"prompt 0 lacks the start token {SOP}"):
+        beam_search(*given, [[5, 9, 2]], Beams(2, max_tokens=2))
+    with pytest.raises(PromptError, match=f"prompt 0 lacks the start token {SOP}"):
+        speculate(*given, [5, 9, 2], jax.random.key(0), few)
+
+
+def test_fresh_parameters_need_no_prompt(loaded):
+    fresh = decoder.init(loaded.model, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, loaded.params)
 
 
 def test_the_checkpoint_comes_back(folder, loaded, tensors, tmp_path):

@@ -169,3 +169,8 @@ def written_out(layer, x, visible):
     mixed = np.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
     x = x + linear(attention["o"], mixed.reshape(*y.shape[:2], -1))
     return x + linear(ffn["down"], nn.gelu(linear(ffn["up"], norm(layer["ffn_norm"], x))))
+
+
+def test_a_window_for_each_layer_or_none_at_all():
+    with pytest.raises(ValueError, match="expected one window for each of 4 layers"):
+        gpt.gpt(50, 4, 24, 3, 32, windows=[None, 8])

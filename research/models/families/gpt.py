@@ -69,6 +69,9 @@ def gpt(
 
     There is a final norm exactly when `residual` is pre_norm. windows: keys that each layer sees.
     """
+    windows = [None] * layers if windows is None else windows
+    if len(windows) != layers:
+        raise ValueError(f"expected one window for each of {layers} layers, got {windows}")
     attention = Attention(
         heads,
         heads,
@@ -78,10 +81,7 @@ def gpt(
         dropout=attention_dropout,
     )
     block = Block(attention, Mlp(ffn or 4 * width), LayerNorm(eps), residual, residual_dropout)
-    blocks = [
-        block.clone(attention=attention.clone(window=window))
-        for window in windows or [None] * layers
-    ]
+    blocks = [block.clone(attention=attention.clone(window=window)) for window in windows]
     whole = {
         "vocab_size": vocab_size,
         "width": width,
