@@ -105,5 +105,7 @@ def test_answers_that_do_not_fit(tiny):
     token = ANSWERS[0][0]
     with pytest.raises(ValueError, match=rf"banned_ids \[{token}\] are tokens of the answers"):
         run(Sampling(max_tokens=9, banned_ids=(token,)), among=trie_of(ANSWERS))
-    with pytest.raises(ValueError, match="forced_ids and answers to choose among exclude each other"):
+    with pytest.raises(
+        ValueError, match="forced_ids and answers to choose among exclude each other"
+    ):
         run(Sampling(max_tokens=9, forced_ids=(token,)), among=trie_of(ANSWERS))
