@@ -34,14 +34,12 @@ from research.models.families.checkpoint import (
     ConfigError,
     Entry,
     packed,
-    placed,
     refuse,
     require,
     require_same,
 )
 from research.models.layers import Linear, NormHead
 from research.models.position import Alibi, Rope
-from research.models.stack import layers_of
 from research.types import Params
 from research.weights.base import dense
 
@@ -78,16 +76,13 @@ PRESETS: dict[str, DecoderConfig] = {
 
 def name_map(config: DecoderConfig) -> list[Entry]:
     """Our leaves and the names of the original code: a LLaMA's, but for W_pack."""
-    outside = [entry for entry in llama.name_map(config) if not entry.path.startswith("stack_")]
-    for path, first, step, block in layers_of(config.stacks):
-        outside += placed(block_names(block), path, "model.layers.{layer}", first, step)
-    return outside
+    return llama.name_map(config, block_names)
 
 
 def block_names(block: Block) -> list[Entry]:
     width = block.attention.heads * block.attention.head_size
     thirds = {f"attention/{name}/kernel": width for name in "qkv"}
-    apart = [entry for entry in llama.block_names(block) if entry.path not in thirds]
+    apart = [entry for entry in llama.llama_block_names(block) if entry.path not in thirds]
     return apart + packed("self_attn.W_pack.weight", thirds, transpose=True)
 
 

@@ -20,14 +20,12 @@ from research.models.families.checkpoint import (
     ConfigError,
     Entry,
     packed,
-    placed,
     refuse,
     require,
     require_same,
 )
 from research.models.families.rope_fields import rope_from
 from research.models.position import Rope
-from research.models.stack import layers_of
 
 ARCHITECTURES = ("GlmForCausalLM",)
 
@@ -48,15 +46,12 @@ PRESETS: dict[str, DecoderConfig] = {
 
 def name_map(config: DecoderConfig) -> list[Entry]:
     """Our leaves and the names that transformers' GlmForCausalLM gives them."""
-    outside = [entry for entry in llama.name_map(config) if not entry.path.startswith("stack_")]
-    for path, first, step, block in layers_of(config.stacks):
-        outside += placed(block_names(block), path, "model.layers.{layer}", first, step)
-    return outside
+    return llama.name_map(config, block_names)
 
 
 def block_names(block: Block) -> list[Entry]:
     halves = dict.fromkeys(("ffn/gate/kernel", "ffn/up/kernel"), block.ffn.features)
-    apart = [entry for entry in llama.block_names(block) if entry.path not in halves]
+    apart = [entry for entry in llama.llama_block_names(block) if entry.path not in halves]
     return apart + packed("mlp.gate_up_proj.weight", halves, transpose=True)
 
 

@@ -13,6 +13,7 @@ SmolLM2 (arXiv:2502.02737). What changes between generations:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from research.models.attention import Attention
@@ -129,21 +130,8 @@ PRESETS: dict[str, DecoderConfig] = {
 }
 
 
-def name_map(config: DecoderConfig) -> list[Entry]:
-    """Our leaves and the names that Hugging Face's LlamaForCausalLM gives them."""
-    entries = [
-        Entry("embed/table", "model.embed_tokens.weight"),
-        Entry("final_norm/scale", "model.norm.weight"),
-    ]
-    for path, first, step, block in layers_of(config.stacks):
-        entries += placed(block_names(block), path, "model.layers.{layer}", first, step)
-    if config.head is not None:
-        entries.append(Entry("head/kernel", "lm_head.weight", transpose=True))
-    return entries
-
-
-def block_names(block: Block) -> list[Entry]:
-    """The same for one block."""
+def llama_block_names(block: Block) -> list[Entry]:
+    """The leaves of one block and the names of LlamaForCausalLM."""
     entries = [
         Entry("attention_norm/scale", "input_layernorm.weight"),
         Entry("ffn_norm/scale", "post_attention_layernorm.weight"),
@@ -155,6 +143,24 @@ def block_names(block: Block) -> list[Entry]:
         entries.append(Entry(f"{ours}/kernel", f"{theirs}.weight", transpose=True))
         if bias:
             entries.append(Entry(f"{ours}/bias", f"{theirs}.bias"))
+    return entries
+
+
+def name_map(
+    config: DecoderConfig, block_names: Callable[[Block], list[Entry]] = llama_block_names
+) -> list[Entry]:
+    """Our leaves and the names that Hugging Face's LlamaForCausalLM gives them.
+
+    block_names: those of one block, for a family whose blocks alone are named otherwise.
+    """
+    entries = [
+        Entry("embed/table", "model.embed_tokens.weight"),
+        Entry("final_norm/scale", "model.norm.weight"),
+    ]
+    for path, first, step, block in layers_of(config.stacks):
+        entries += placed(block_names(block), path, "model.layers.{layer}", first, step)
+    if config.head is not None:
+        entries.append(Entry("head/kernel", "lm_head.weight", transpose=True))
     return entries
 
 
