@@ -4,7 +4,8 @@ One decoder with sinusoidal (Vaswani et al. 2017), learned, rotary (Su et al. 20
 arXiv:2104.09864), ALiBi and no positions at all (Haviv et al. 2022, arXiv:2203.16634), trained on
 windows of 128 tokens of Shakespeare and tested on windows of 128, 256 and 512 of the same text.
 
-Differs from the paper: a million parameters, likelihood of non-overlapping windows. Learned
+Differs from the paper: a million parameters, likelihood of non-overlapping windows. All embeddings
+are multiplied by sqrt(width) as in 2017, because sinusoids of amplitude 1 drown smaller ones. Learned
 positions have no row beyond 128 and are tested there only.
 Run:    python -m experiments.position_ablation --sweep        (5 schemes x 2 seeds)
 Expect: ALiBi a little better at 512 than at 128, rotary worse there; without positions a little behind
@@ -44,7 +45,7 @@ class Config:
     width: int = 128
     heads: int = 8
     ffn: int = 344
-    recipe: Recipe = Recipe(length=LENGTH, steps=120, eval_lengths=(LENGTH, 256, 512))
+    recipe: Recipe = Recipe(length=LENGTH, steps=160, eval_lengths=(LENGTH, 256, 512))
     seed: int = 0
 
 
@@ -60,7 +61,8 @@ def run(config: Config, directory: Path) -> dict[str, float]:
         position=config.position,
         max_length=recipe.length,
         tied=True,
-        init_std=config.width**-0.5,  # beside sinusoids, embeddings of 0.02 would not be seen
+        init_std=config.width**-0.5,
+        embed_scale=config.width**0.5,
     )
     data = small_lm.data(recipe)
     return small_lm.train(model, data, recipe, directory, config.seed).metrics()

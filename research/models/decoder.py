@@ -34,8 +34,9 @@ class DecoderConfig:
     """A family's parts. `head` None means tied to the embedding table.
 
     init_std is the embedding table's; every other leaf begins as its layer says, or as the first of
-    `init_rules` that matches its path says. `dropout` is the rate of the embeddings; Block and
-    Attention have their own.
+    `init_rules` that matches its path says. Token embeddings are multiplied by `embed_scale` where
+    they are read, not in a tied head (sqrt(width): Vaswani et al. 2017, section 3.4). `dropout` is
+    the rate of the embeddings; Block and Attention have their own.
     """
 
     vocab_size: int
@@ -51,6 +52,7 @@ class DecoderConfig:
     remat: Remat = None  # None, "full", or a jax.checkpoint policy
     init_std: float = 0.02
     init_rules: Rules = ()
+    embed_scale: float = 1.0
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -113,6 +115,8 @@ class Decoder(nn.Module):
         tables = config.position.tables(positions, head_size(config))
         inputs = Inputs(tables, mask, config.position, config.attend, positions)
         x = self.embed(tokens).astype(config.dtype)
+        if config.embed_scale != 1:
+            x *= jnp.asarray(config.embed_scale, x.dtype)
         if self.position is not None:
             # Padding stands at 0: however much there is, it asks for no row that a table lacks.
             at = positions if segment_ids is None else jnp.where(segment_ids == 0, 0, positions)

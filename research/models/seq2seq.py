@@ -247,12 +247,11 @@ def unstack(params: Params, **how: Any) -> Params:
 def encoder_only(config: Seq2SeqConfig, params: Params) -> tuple[decoder.DecoderConfig, Params]:
     """The encoder as a model of its own: Decoder(config).apply(..., mask=Mask(causal=False)).
 
-    As `hidden` it gives the states of `Seq2Seq.encode`. The factor sqrt(D) is in the table, so a
-    head tied to it would be another; a new one is up to whoever trains it further.
+    As `hidden` it gives the states of `Seq2Seq.encode`.
     """
-    table = params["embed"]["table"] * config.width**0.5
     shared = ("vocab_size", "width", "max_length", "position", "final_norm", "head", "dtype")
     shared += ("attend", "scan", "remat", "init_std", "dropout")
     parts = {name: getattr(config, name) for name in shared}
-    alone = decoder.DecoderConfig(stacks=config.encoder, **parts)
-    return alone, {"embed": {"table": table}, **params["encoder"]}
+    scale = config.width**0.5
+    alone = decoder.DecoderConfig(stacks=config.encoder, embed_scale=scale, **parts)
+    return alone, {"embed": params["embed"], **params["encoder"]}

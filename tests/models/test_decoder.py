@@ -64,6 +64,17 @@ def test_unscanned_and_unstacked_equal_scanned(params, tokens):
     np.testing.assert_allclose(apply(decoder.unstack(params), tokens), want, atol=1e-5)
 
 
+def test_embeddings_are_scaled_where_they_are_read_and_not_in_a_tied_head(params, tokens):
+    scaled = decoder.Decoder(dataclasses.replace(CONFIG, embed_scale=3.0))
+    larger = {**params, "embed": {"table": params["embed"]["table"] * 3}}
+    np.testing.assert_allclose(apply(params, tokens, scaled), apply(larger, tokens), atol=1e-5)
+    tied = dataclasses.replace(CONFIG, head=None)
+    states = apply(params, tokens, decoder.Decoder(tied), method="hidden")
+    shrunk = {**params, "embed": {"table": params["embed"]["table"] / 3}}
+    got = apply(shrunk, tokens, decoder.Decoder(dataclasses.replace(tied, embed_scale=3.0)))
+    np.testing.assert_allclose(got, states @ shrunk["embed"]["table"].T, atol=1e-4)
+
+
 def test_runs_without_jit(params, tokens):
     loop = decoder.Decoder(dataclasses.replace(CONFIG, scan=False))
     with jax.disable_jit():
