@@ -1,16 +1,17 @@
 """How likely and how repetitive is what each way of decoding says?  Holtzman et al. 2019
 (arXiv:1904.09751), Table 1, on a small model.
 
-SmolLM2-135M-Instruct continues the beginnings of encyclopedia articles by greedy and beam search,
-and by sampling of several kinds. Measured: mean log p of a token under the model, repeated
+SmolLM2-135M-Instruct continues the beginnings of encyclopedia articles by greedy, beam and
+contrastive search, and by sampling of several kinds. Measured: mean log p of a token under the model, repeated
 4-grams within a text (rep-4), and different n-grams over all (distinct-n). The articles' own
 continuations are measured beside them.
 
 Differs from the paper: 135M parameters; no human judgement, no Zipf coefficient, no self-BLEU.
-Run:    python -m experiments.decoding_quality --sweep        (6 ways of decoding)
+Run:    python -m experiments.decoding_quality --sweep        (7 ways of decoding)
 Expect: a hypothesis. Greedy and beam search far more likely and far more repetitive than the
         articles, beam search the most; plain sampling less likely than the articles, with about
         their diversity; top-k, top-p and typical sampling (Meister et al. 2022) in between.
+        Contrastive search (Su et al. 2022) a little less likely than greedy, much less repetitive.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from research import hub
 from research.data import corpora
 from research.data.shuffle import permutation
-from research.decode import Beams, Sampling, beam_search, generate
+from research.decode import Beams, Contrastive, Sampling, beam_search, contrastive_search, generate
 from research.decode.generate import for_decoding
 from research.evaluate.diversity import distinct, repetition
 from research.evaluate.nll import continuation_log_probs
@@ -41,7 +42,7 @@ SPLIT_SEED = 0  # of the prompts: the same ones whatever the run's seed
 class Config:
     """`prompts` beginnings of `length` tokens, each continued by the tokens `decode` says."""
 
-    decode: Sampling | Beams = Sampling(temperature=0.0, max_tokens=64)
+    decode: Sampling | Beams | Contrastive = Sampling(temperature=0.0, max_tokens=64)
     prompts: int = 16
     length: int = 32
     seed: int = 0
@@ -66,6 +67,8 @@ def continued(
 ) -> list[list[int]]:
     if isinstance(config.decode, Beams):
         return beam_search(base.model, params, prompts, config.decode).rows()
+    if isinstance(config.decode, Contrastive):
+        return contrastive_search(base.model, params, prompts, config.decode).rows()
     rng = jax.random.key(config.seed)
     return generate(base.model, params, prompts, rng, config.decode).rows()
 
@@ -95,6 +98,8 @@ def name_of(decode: dict) -> str:
     """Of a way of decoding, as its row's config has it."""
     if "beams" in decode:
         return f"beam {decode['beams']}"
+    if "alpha" in decode:
+        return f"contrastive {decode['alpha']}, {decode['top_k']} candidates"
     named = ("top_k", "top_p", "typical_p")
     filters = [f"{name} {decode[name]}" for name in named if decode[name] is not None]
     temperature = f"temperature {decode['temperature']}" if decode["temperature"] else "greedy"
@@ -116,6 +121,7 @@ SWEEP = param(
     "decode",
     Sampling(temperature=0.0, max_tokens=64),
     Beams(4, max_tokens=64),
+    Contrastive(4, 0.6, max_tokens=64),
     Sampling(temperature=1.0, max_tokens=64),
     Sampling(top_k=40, max_tokens=64),
     Sampling(top_p=0.95, max_tokens=64),

@@ -1,7 +1,8 @@
-"""From logits to text: filters, sampling, beams, drafts, and choice among given answers."""
+"""From logits to text: filters, sampling, beams, contrast, drafts, and choice among given answers."""
 
 from research.decode.answers import Trie, trie_of
 from research.decode.beam import BeamResult, Beams, beam_search
+from research.decode.contrastive import Contrastive, contrastive_search
 from research.decode.drafts import DraftModel, Lookup
 from research.decode.generate import Generation, generate
 from research.decode.prompts import PromptError
@@ -11,6 +12,7 @@ from research.decode.speculative import Speculation, speculate
 __all__ = [
     "BeamResult",
     "Beams",
+    "Contrastive",
     "DraftModel",
     "Generation",
     "Lookup",
@@ -19,6 +21,7 @@ __all__ = [
     "Speculation",
     "Trie",
     "beam_search",
+    "contrastive_search",
     "generate",
     "speculate",
     "trie_of",
