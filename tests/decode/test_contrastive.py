@@ -85,4 +85,4 @@ def test_bad_input_is_named(tiny):
     with pytest.raises(ValueError, match="top_k is 12, the vocabulary has 11"):
         contrastive_search(model, params, PROMPTS, Contrastive(12, max_tokens=9))
     with pytest.raises(PromptError, match="prompt 1 holds token id 11"):
-        contrastive_search(model, params, [[1], [11]])
+        contrastive_search(model, params, [[1], [11]], Contrastive(4, max_tokens=9))
