@@ -2,7 +2,8 @@
 
     instructions   alpaca_en, alpaca_zh (Taori et al. 2023, regenerated answers), glaive_en and
                    glaive_zh (tool use, many turns), loss_weighted (messages with loss weights)
-    text           shakespeare (plays and poems), wiki (web text)
+    text           shakespeare (plays and poems), wiki (web text), fortunes_zh (Chinese sayings, poems
+                   and pieces of manuals)
     exams          multiple_choice(name) for the names in EXAMS
     labels         headlines, sarcastic or not
     translations   verses, English and Spanish
@@ -36,6 +37,9 @@ EXAMS = {
     "fcc_amateur_extra": "fcc_amateur_extra/samples.jsonl",
     "german_exams": "german-exams-qa/samples.jsonl",
 }
+FORTUNES = "./usr/share/games/fortunes/chinese"
+COLOUR = re.compile(r"\x1b\[[0-9;]*(\x1b\[[0-9;]*m)?m")  # one may stand inside another
+DRAWN = re.compile("[\u2500-\u257f]")  # lines of tables and frames
 LABEL = re.compile(r"^[ \t]*\(?([A-Ha-h])[.:)][ \t]*", re.MULTILINE)
 
 
@@ -108,6 +112,16 @@ def shakespeare() -> dict[str, str]:
     return dict(sorted(texts.items()))
 
 
+def fortunes_zh() -> list[str]:
+    """5,006 Chinese texts, 1.1 MB: sayings, classics, poems, and sections of Debian's manuals.
+
+    The package is under the GPL, version 3 or later; its older texts are in the public domain. Most
+    are in simplified characters. A poem may come whole and in lines.
+    """
+    with open_member(PACKAGES["fortunes-zh"], FORTUNES) as file:
+        return parse_fortunes(file.read().decode("utf-8"))
+
+
 def multiple_choice(name: str) -> list[Question]:
     """All questions of an exam in EXAMS; ValueError when there is none of that name."""
     if name not in EXAMS:
@@ -136,6 +150,19 @@ def verses() -> list[Verse]:
     english = sword.verses(PACKAGES["sword-text-kjv"], "engKJV2006eb")
     spanish = sword.verses(PACKAGES["sword-text-sparv"], "spaRV1909eb")
     return [Verse(place, english[place], spanish[place]) for place in english if place in spanish]
+
+
+def parse_fortunes(text: str) -> list[str]:
+    """The texts of a fortune(6) file, which lines of % part: no colours, single spaces, none twice.
+
+    What has a table or a frame drawn in characters is left out.
+    """
+    texts = []
+    for piece in re.split(r"^%$", COLOUR.sub("", text), flags=re.MULTILINE):
+        lines = [" ".join(line.split()) for line in piece.strip().splitlines()]
+        if lines and not DRAWN.search(piece):
+            texts.append("\n".join(lines))
+    return list(dict.fromkeys(texts))
 
 
 def parse_question(row: Row, place: str = "row") -> Question:

@@ -103,6 +103,13 @@ PACKAGES = {
             "sword-text-sparv_2.60-1_all.deb",
             "5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf",
         ),
+        Package(
+            "fortunes-zh",
+            "2.98",
+            "deb",
+            "fortunes-zh_2.98_all.deb",
+            "211c5ddee59d0ae74ce01cbfd02f7c8714740bae1835d5661eb2254edd739105",
+        ),
     )
 }
 

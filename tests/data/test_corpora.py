@@ -53,6 +53,22 @@ def test_question_errors():
         corpora.multiple_choice("nothing")
 
 
+def test_fortunes_by_hand():
+    text = (
+        "\x1b[33m  甲\x1b[m\n    乙\n%\n丙\xa0100%\n%\n│ 表 │\n%\n%\n\x1b[;\x1b[34;1mm甲\n乙\n%\n"
+    )
+    assert corpora.parse_fortunes(text) == ["甲\n乙", "丙 100%"]
+
+
+@pytest.mark.data
+def test_fortunes_are_whole():
+    texts = corpora.fortunes_zh()
+    assert len(texts) == len(set(texts)) == 5006
+    assert 1_050_000 < sum(len(text.encode()) for text in texts) < 1_070_000
+    assert "过犹不及。" in texts and texts[0].endswith("\n\n-- Debian 《行为准则》第一条")
+    assert not [text for text in texts if set("\x1b\xa0│─\ufffd") & set(text)]
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_exams_are_whole(name):
