@@ -208,5 +208,6 @@ BAICHUAN2 = Format(_baichuan2, (195, 196, "eos"), ("eos",))
 # Chiang et al. 2023, Vicuna v1.1.
 VICUNA = Format(_vicuna, ("bos", "eos"), ("eos",))
 
-# Taori et al. 2023, Stanford Alpaca: one round, no system prompt.
-ALPACA = Format(_alpaca, ("eos",), ("eos",))
+# Taori et al. 2023, Stanford Alpaca: one round, no system prompt. LLaMA's tokenizer put bos before
+# it; of a tokenizer without one there is none.
+ALPACA = Format(_alpaca, ("bos", "eos"), ("eos",))

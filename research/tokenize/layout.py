@@ -51,8 +51,8 @@ Layout = list[Control | list[Part]]
 
 @dataclass(frozen=True)
 class Format:
-    """`layout` writes a conversation; `control` are all its control tokens, `stop` those that end
-    an answer when the model says them."""
+    """`layout` writes a conversation; `control` are all its control tokens ("bos" only where the
+    tokenizer has one), `stop` those that end an answer when the model says them."""
 
     layout: Callable[[list[Message]], Layout]
     control: tuple[str | int, ...]
@@ -78,7 +78,7 @@ def encode(
     TokenizerError when the vocabulary lacks a control token.
     """
     ids, mask = [], []
-    control = {token_id(tokenizer, token) for token in format.control}
+    control = {token_id(tokenizer, name) for name in format.control if _there(tokenizer, name)}
     for chunk in format.layout(list(messages)):
         if isinstance(chunk, Control):
             if chunk.needed or _there(tokenizer, chunk.token):
