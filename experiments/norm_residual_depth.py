@@ -1,14 +1,16 @@
 """Where does the norm stand, and how deep can the model be?
 
 Post-norm (Vaswani et al. 2017), pre-norm (Xiong et al. 2020, arXiv:2002.04745) and DeepNorm (Wang et
-al. 2022, arXiv:2203.00555) in narrow decoders of 6 and 18 layers on Shakespeare: held-out loss, and
-the norms of the gradient at the start for the first and the last layer's feed-forward.
+al. 2022, arXiv:2203.00555) in narrow decoders of 6 and 18 layers on Shakespeare, at a modest and a
+high learning rate: held-out loss, and the norms of the gradient at the start for the first and the
+last layer's feed-forward.
 
 Differs from the papers: language modelling, width 64, up to 18 layers and not 1,000, and every run
-warms up. All begin from Xavier, DeepNorm from its own scaled form of it.
-Run:    python -m experiments.norm_residual_depth --sweep        (3 residuals x 2 depths x 2 seeds)
-Expect: at 18 layers post-norm behind; its gradient largest in the last layer, pre-norm's in the
-        first, as Xiong et al. derive; DeepNorm level with depth.
+warms up. All begin from Xavier, DeepNorm from its own scaled form of it, with embeddings times
+sqrt(width): without that scale post-norm stays at the frequencies of single tokens (LOG.md).
+Run:    python -m experiments.norm_residual_depth --sweep        (3 norms x 2 depths x 2 rates x 2 seeds)
+Expect: post-norm behind, and more so at the high rate and with depth; its gradient largest in the
+        last layer, pre-norm's in the first, as Xiong et al. derive; DeepNorm level with depth.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from research.models.attention import Attention
 from research.models.block import Block, deep_norm, deep_norm_init, post_norm, pre_norm
 from research.models.decoder import Decoder, DecoderConfig
 from research.models.init import Xavier
-from research.models.layers import LayerNorm, Mlp
+from research.models.layers import LayerNorm, Linear, Mlp
 from research.models.position import Rope
 from research.models.stack import Stack
 from research.objectives import next_token
@@ -59,6 +61,7 @@ FORMS = {
     "DeepNorm": Form(deep_norm, deep_norm_init, final=False),
 }
 DEPTHS = {"6": 6, "18": 18}
+RATES = {"5e-4": 5e-4, "2e-3": 2e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Config:
     layers: int = 6
     width: int = 64
     heads: int = 4
-    recipe: Recipe = Recipe(steps=150, batch_size=8)
+    lr: float = 5e-4
+    recipe: Recipe = Recipe(steps=240, batch_size=8)
     seed: int = 0
 
 
@@ -82,7 +86,10 @@ def model_of(config: Config) -> DecoderConfig:
         max_length=512,
         position=Rope(),
         final_norm=LayerNorm() if config.form.final else None,
+        head=Linear(config.recipe.vocab_size, ("embed", "vocab")),
+        init_std=config.width**-0.5,
         init_rules=rules,
+        embed_scale=config.width**0.5,
     )
 
 
@@ -100,9 +107,10 @@ def gradient_norms(config: Config, data: Data) -> dict[str, float]:
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    data = small_lm.data(config.recipe)
+    recipe = dataclasses.replace(config.recipe, lr=config.lr)
+    data = small_lm.data(recipe)
     norms = gradient_norms(config, data)
-    trained = small_lm.train(model_of(config), data, config.recipe, directory, config.seed)
+    trained = small_lm.train(model_of(config), data, recipe, directory, config.seed)
     return trained.metrics() | norms
 
 
@@ -114,30 +122,37 @@ COLUMNS = {
 
 
 def table(rows: list[results.Row]) -> str:
+    found = cells(rows, BASE, form=FORMS, layers=DEPTHS, lr=RATES)
     lines = [
-        [form, depth, *(group.statistic(metric) for metric in COLUMNS.values())]
-        for (form, depth), group in cells(rows, BASE, form=FORMS, layers=DEPTHS).items()
+        [*labels, *(group.statistic(metric) for metric in COLUMNS.values())]
+        for labels, group in found.items()
     ]
-    return markdown(["norm", "layers", *COLUMNS], lines)
+    return markdown(["norm", "layers", "rate", *COLUMNS], lines)
 
 
 def figure(rows: list[results.Row]) -> Figure:
-    found = cells(rows, BASE, form=FORMS, layers=DEPTHS)
-    drawing = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = drawing.subplots()
-    for form in FORMS:
-        points = [(int(d), g.statistic("nll/128")) for (f, d), g in found.items() if f == form]
-        spread = [statistic.std or 0 for _, statistic in points]
-        depths, means = [depth for depth, _ in points], [s.mean for _, s in points]
-        axes.errorbar(depths, means, yerr=spread, marker="o", capsize=3, label=form)
-    axes.set(xlabel="layers", ylabel="held-out nats a token", xticks=list(DEPTHS.values()))
-    axes.legend(frameon=False)
+    found = cells(rows, BASE, form=FORMS, layers=DEPTHS, lr=RATES)
+    drawing = Figure(figsize=(7, 3.6), layout="constrained")
+    panels = drawing.subplots(1, len(RATES), sharey=True)
+    for axes, rate in zip(panels, RATES, strict=True):
+        for form in FORMS:
+            here = [(key, group) for key, group in found.items() if key[::2] == (form, rate)]
+            points = [(int(depth), group.statistic("nll/128")) for (_, depth, _), group in here]
+            depths, means = [depth for depth, _ in points], [s.mean for _, s in points]
+            spread = [statistic.std or 0 for _, statistic in points]
+            axes.errorbar(depths, means, yerr=spread, marker="o", capsize=3, label=form)
+        axes.set(title=f"rate {rate}", xlabel="layers", xticks=list(DEPTHS.values()))
+    panels[0].set(ylabel="held-out nats a token")
+    panels[0].legend(frameon=False)
     return drawing
 
 
 BASE = Config()
 SWEEP = product(
-    param("form", *FORMS.values()), param("layers", *DEPTHS.values()), param("seed", 0, 1)
+    param("form", *FORMS.values()),
+    param("layers", *DEPTHS.values()),
+    param("lr", *RATES.values()),
+    param("seed", 0, 1),
 )
 SMOKE = {"layers": 2, "width": 16, "heads": 2, "recipe": small_lm.SMOKE}
 
