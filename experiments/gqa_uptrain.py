@@ -7,7 +7,8 @@ The multi-head model itself goes on for as long beside them.
 Differs from the paper: a million parameters and likelihood, not T5 and tasks; decoder only.
 Run:    python -m experiments.gqa_uptrain --sweep        (2 seeds, 8 short trainings on one long)
 Expect: after uptraining grouped heads near the multi-head model, one head a little behind (Table 1:
-        47.2, 47.1, 46.6); mean before first before fresh (Figure 4).
+        47.2, 47.1, 46.6); mean before first before fresh (Figure 4). Found: first before mean, the
+        rest as said (LOG.md).
 """
 
 from __future__ import annotations

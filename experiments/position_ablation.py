@@ -8,9 +8,8 @@ Differs from the paper: a million parameters, likelihood of non-overlapping wind
 are multiplied by sqrt(width) as in 2017, because sinusoids of amplitude 1 drown smaller ones. Learned
 positions have no row beyond 128 and are tested there only.
 Run:    python -m experiments.position_ablation --sweep        (5 schemes x 2 seeds)
-Expect: ALiBi a little better at 512 than at 128, rotary worse there; without positions a little behind
-        at 128 and no worse further on. Sinusoids are not learned with here: at amplitude 1 they drown
-        embeddings of std 0.02, which the 2017 model multiplies by sqrt(width) (LOG.md).
+Expect: ALiBi a little better at 512 than at 128, rotary a little worse, sinusoids much worse; without
+        positions a little behind at 128 and no worse further on.
 """
 
 from __future__ import annotations
