@@ -8,7 +8,7 @@ continuations are measured beside them.
 
 Differs from the paper: 135M parameters; no human judgement, no Zipf coefficient, no self-BLEU.
 Run:    python -m experiments.decoding_quality --sweep        (7 ways of decoding)
-Expect: a hypothesis. Greedy and beam search far more likely and far more repetitive than the
+Expect: greedy and beam search far more likely and far more repetitive than the
         articles, beam search the most; plain sampling less likely than the articles, with about
         their diversity; top-k, top-p and typical sampling (Meister et al. 2022) in between.
         Contrastive search (Su et al. 2022) a little less likely than greedy, much less repetitive.
