@@ -36,7 +36,7 @@ from research.train import metrics
 from research.train.loop import Training, fit
 from research.train.optim import AdamW, Optimizer
 from research.train.schedules import Cosine
-from research.types import Params
+from research.types import Objective, Params
 
 END = "<|endoftext|>"
 EVAL_TOKENS = 4096  # in one batch of an evaluation
@@ -82,8 +82,12 @@ class Recipe:
         if wrong:
             raise ValueError(f"eval_lengths {wrong} do not divide the longest, {longest}")
 
+    @property
+    def warmup_steps(self) -> int:
+        return int(self.warmup * self.steps)
+
     def optimizer(self) -> AdamW:
-        schedule = Cosine(self.lr, self.steps, int(self.warmup * self.steps), 0.1 * self.lr)
+        schedule = Cosine(self.lr, self.steps, self.warmup_steps, 0.1 * self.lr)
         return AdamW(schedule, weight_decay=self.weight_decay, b2=0.95)
 
 
@@ -152,22 +156,28 @@ def train(
     *,
     params: Params | None = None,
     optimizer: Optimizer | None = None,
+    objective: Callable[[Decoder], Objective] = next_token,
 ) -> Trained:
     """Train a fresh model (or go on from `params`) for `recipe.steps`, and evaluate it.
 
-    `optimizer` replaces the recipe's. Checkpoints and curves are kept in `directory`, one
-    directory for one call.
+    `optimizer` replaces the recipe's. `objective` binds the training loss to the model, as
+    `partial(next_token, label_smoothing=0.1)` does; it has a canonical form, like a config's parts.
+    The held-out likelihood is that of the plain model whatever was trained with. Checkpoints and
+    curves are kept in `directory`, one directory for one call.
     """
     if config.vocab_size != recipe.vocab_size:
         raise ValueError(f"vocab_size: model {config.vocab_size}, recipe {recipe.vocab_size}")
     model = Decoder(config)
+    identity = {"model": config, "recipe": dataclasses.replace(recipe, save_every=1)}
+    if objective is not next_token:
+        identity["objective"] = objective
     fitted = fit(
-        next_token(model),
+        objective(model),
         source.pretraining_source(data.train, recipe.length, recipe.batch_size, seed),
         decoder.init(model, jax.random.key(seed)) if params is None else params,
         recipe.optimizer() if optimizer is None else optimizer,
         Training(recipe.steps, save_every=recipe.save_every, seed=seed, directory=directory),
-        identity={"model": config, "recipe": dataclasses.replace(recipe, save_every=1)},
+        identity=identity,
     )
     found = likelihood(model, fitted.params, data, recipe.eval_lengths, recipe.eval_tokens)
     return Trained(model, fitted.params, found, speed(directory))
@@ -187,9 +197,10 @@ def likelihood(
 
     The text is cut into chunks of the longest length, evenly spaced over all documents, and each
     chunk into windows of the shorter lengths: what changes with the length is only how much of the
-    past a window shows, half of it on average.
+    past a window shows, half of it on average. Lengths beyond the positions that the model has are
+    left out; its tokens are those of the others all the same.
     """
-    longest = max(lengths)
+    longest, most = max(lengths), model.config.position.most
     count = packing.windows(len(data.held_out), longest)
     if not count:
         raise ValueError(f"{len(data.held_out)} held-out tokens hold no window of {longest}")
@@ -197,6 +208,8 @@ def likelihood(
     chosen = [i * count // chunks for i in range(chunks)]
     found = {}
     for length in lengths:
+        if most is not None and length > most:
+            continue
         share = longest // length
         rows = [
             packing.stream_row(data.held_out, i * share + j, length)

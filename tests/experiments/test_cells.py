@@ -13,7 +13,9 @@ NAMES = {
     "attention_variants": ("nll/256", "parameters", "cache_bytes", "train_tokens_per_s"),
     "gqa_uptrain": (),
     "position_ablation": ("nll/128", "nll/256"),
+    "family_shootout": ("nll/128", "nll/256", "parameters", "ffn", "train_tokens_per_s"),
     "norm_residual_depth": ("nll/128", "gradient/first", "gradient/last"),
+    "training_recipe": ("nll/128", "diverged", "log_partition", "largest_logit"),
 }
 
 
@@ -52,3 +54,14 @@ def test_cells_are_in_the_order_of_the_labels():
     found = cells(rows[::-1], experiment.BASE, form=experiment.FORMS, layers=experiment.DEPTHS)
     assert list(found)[:3] == [("post-norm", "6"), ("post-norm", "18"), ("pre-norm", "6")]
     assert found["pre-norm", "18"].statistic("nll/128") == results.summary([13.0, 14.0])
+
+
+def test_cells_by_a_field_inside_another():
+    experiment = importlib.import_module("experiments.training_recipe")
+    rows = made_up(experiment, ["nll/128"])
+    decays = {"none": 0.0, "0.1": 0.1}
+    found = cells(rows, experiment.BASE, **{"recipe.weight_decay": decays})
+    assert list(found) == [("none",), ("0.1",)]  # and neither decay 1 nor other changes
+    assert found["0.1",].statistic("nll/128") == results.summary([1.0, 2.0])
+    assert [row["config"]["recipe"]["weight_decay"] for row in found["none",].rows] == [0.0, 0.0]
+    assert cells(rows, experiment.BASE, **{"recipe.lr": {"other": 1.0}}) == {}

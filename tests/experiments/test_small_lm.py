@@ -1,6 +1,8 @@
 """The training that experiments share, on a text made up here."""
 
 import dataclasses
+import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 from experiments.shared import small_lm
 from research.models import decoder
 from research.models.families.llama import llama
+from research.objectives import next_token
+from research.train.directory import OtherRunError
 
 CONFIG = llama(300, 1, 16, 2, 1, 24, max_length=64, tied=True)
 
@@ -66,6 +70,20 @@ def test_training_learns_and_ends_where_a_resumed_one_does(cached, tmp_path):
     one = dataclasses.replace(RECIPE, steps=1)
     on = small_lm.train(CONFIG, data, one, tmp_path / "on", 0, params=once.params)
     assert on.likelihood[32].per_token < 3.0  # a fresh model is at log(300) after one step
+
+
+def test_another_loss_is_trained_with_and_plain_likelihood_reported(cached, tmp_path):
+    """Smoothing of 1 asks for all tokens alike: the held-out loss ends at log V, not below."""
+    data = small_lm.data(RECIPE)
+    smooth = partial(next_token, label_smoothing=1.0)
+    level = small_lm.train(CONFIG, data, RECIPE, tmp_path / "level", 0, objective=smooth)
+    assert level.likelihood[32].per_token == pytest.approx(np.log(300), rel=0.02)
+    one = dataclasses.replace(RECIPE, steps=1)
+    with pytest.raises(OtherRunError):
+        small_lm.train(CONFIG, data, RECIPE, tmp_path / "level", 0)
+    small_lm.train(CONFIG, data, one, tmp_path / "plain", 0)
+    known = json.loads((tmp_path / "plain/identity.json").read_text())["identity"]
+    assert set(known) == {"model", "recipe"}  # as before there was a choice
 
 
 def test_sizes_that_do_not_fit_are_errors(cached, tmp_path):
