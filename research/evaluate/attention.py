@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from research.kernels.attend import attention_weights, reference
 from research.kernels.mask import Mask
-from research.models.decoder import Decoder
+from research.models.decoder import Decoder, DecoderConfig, init
+from research.models.stack import Stack
 from research.types import Array, Params
 
 
@@ -34,7 +36,9 @@ def capture(model: Decoder, params: Params, tokens: Array) -> tuple[Array, Array
 
     weights[l, n, i, j] is what head n of layer l gives to token j when token i looks; layers in the
     order in which they run. Any family, stacked or unstacked parameters. ValueError for tokens of
-    another shape, for ids outside the vocabulary, and where layers differ in their number of heads.
+    another shape, for ids outside the vocabulary, where layers differ in their number of heads, and
+    for a layer that looks without the config's `attend` (LinearAttention; StreamingAttention with
+    sinks).
     """
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 1 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -60,8 +64,37 @@ def _capture(model: Decoder, params: Params, tokens: Array) -> tuple[Array, Arra
 
     # A scan would trace the closure once for all layers, remat keep its tracers to itself.
     config = dataclasses.replace(model.config, attend=attend, scan=False, remat=None)
+    require_attend(config)
     logits = Decoder(config).apply({"params": params}, tokens[None])
     return jnp.stack(found), logits[0]
+
+
+def require_attend(config: DecoderConfig) -> None:
+    """ValueError naming the first layer whose attention does not call `attend`: each kind of block is
+    traced alone, nothing is computed."""
+    first = 0
+    for stack in config.stacks:
+        for number, block in enumerate(stack.pattern):
+            if not calls_attend(config, block):
+                raise ValueError(
+                    f"layer {first + number}: {type(block.attention).__name__} does not look through "
+                    "the config's `attend`, so its weights cannot be captured"
+                )
+        first += stack.count * len(stack.pattern)
+
+
+def calls_attend(config: DecoderConfig, block: Any) -> bool:
+    called = []
+
+    def attend(*arguments: Any, **more: Any) -> Array:
+        called.append(True)
+        return reference(*arguments, **more)
+
+    alone = Decoder(dataclasses.replace(config, stacks=(Stack(1, (block,)),), attend=attend))
+    params = jax.eval_shape(partial(init, alone), jax.random.key(0))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    jax.eval_shape(lambda params: alone.apply({"params": params}, tokens), params)
+    return bool(called)
 
 
 def mean_entropy(weights: Array) -> Array:

@@ -12,8 +12,11 @@ from safetensors.numpy import load_file
 from research import hub
 from research.evaluate import attention
 from research.models import decoder
+from research.models.attention import Attention
 from research.models.families.llama import llama
+from research.models.linear_attention import LinearAttention
 from research.models.position import Alibi, Rope
+from research.models.sinks import StreamingAttention
 from research.models.stack import Stack
 
 SMALL = llama(11, 3, 12, 4, 2, 16, head_size=6, init_std=0.6, position=Rope(100.0))
@@ -144,6 +147,32 @@ def test_layers_with_different_numbers_of_heads_are_refused():
     config = dataclasses.replace(SMALL, stacks=(Stack(1, (block, other)),))
     with pytest.raises(ValueError, match=r"same number of heads; a cycle's have \[4, 2\]"):
         attention.capture(decoder.Decoder(config), {}, TOKENS)
+
+
+def with_attention(attention):
+    """The second of two blocks, of which there are two cycles, has another attention."""
+    (block,) = SMALL.stacks[0].pattern
+    blocks = (block, dataclasses.replace(block, attention=attention))
+    return dataclasses.replace(SMALL, stacks=(Stack(1, (block,)), Stack(2, blocks)))
+
+
+@pytest.mark.parametrize(
+    "other", [LinearAttention(4, 2, 6), StreamingAttention(4, 2, 6, window=3, sinks=1)]
+)
+def test_attentions_that_do_not_call_attend_are_refused_by_layer(other):
+    model, params = made(with_attention(other))
+    model.apply({"params": params}, TOKENS[None])  # it is the capture that is refused
+    with pytest.raises(ValueError, match=f"layer 2: {type(other).__name__} does not look through"):
+        attention.capture(model, params, TOKENS)
+
+
+def test_streaming_attention_without_sinks_is_captured():
+    config = with_attention(StreamingAttention(4, 2, 6, window=3))
+    model, params = made(config)
+    got, _ = attention.capture(model, params, TOKENS)
+    plain = decoder.Decoder(with_attention(Attention(4, 2, 6, window=3)))
+    np.testing.assert_array_equal(got, attention.capture(plain, params, TOKENS)[0])
+    assert got.shape[0] == 5
 
 
 # Rows: a first token, then half and half, then a quarter, a half and a quarter.
