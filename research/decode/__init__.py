@@ -8,6 +8,7 @@ from research.decode.generate import Generation, generate
 from research.decode.prompts import PromptError
 from research.decode.sampling import Sampling
 from research.decode.speculative import Speculation, speculate
+from research.decode.streaming import stream
 
 __all__ = [
     "BeamResult",
@@ -24,5 +25,6 @@ __all__ = [
     "contrastive_search",
     "generate",
     "speculate",
+    "stream",
     "trie_of",
 ]

@@ -172,9 +172,10 @@ def read(
 
 
 def prefill(
-    model: Decoder, params: Params, tokens: Array, segments: Array, slots: int
+    model: Decoder, params: Params, tokens: Array, segments: Array, slots: int | None
 ) -> tuple[Array, Cache]:
-    """Left-padded prompts [B, P] in a cache of `slots` slots, and the logits [B, V] that follow."""
+    """Left-padded prompts [B, P] in a cache of `slots` slots, None: without an end, and the logits
+    [B, V] that follow."""
     cache = empty_cache(model, tokens.shape[0], slots, stacked=False)
     hidden, cache = model.apply(
         {"params": params}, tokens, segment_ids=segments, cache=cache, method="hidden"

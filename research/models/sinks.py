@@ -134,7 +134,9 @@ class StreamingAttention(Attention):
         return scores.reshape(B, N, T, -1) * scale
 
     def empty_cache(self, batch: int, length: int | None, dtype: Any) -> RollingCache:
-        """Of sinks + window slots, whatever the length."""
+        """Of sinks + window slots, whatever the length; ValueError without a window."""
+        if self.window is None:
+            raise ValueError("StreamingAttention has no window: its cache would have no size")
         slots = self.sinks + self.window
         shape = (batch, slots, self.kv_heads, self.head_size)
         zeros = jnp.zeros((batch, slots), jnp.int32)
