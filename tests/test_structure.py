@@ -6,6 +6,7 @@ experiments; the curriculum's table.
 
 import ast
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -115,6 +116,43 @@ def test_research_imports_no(banned):
         if name.split(".")[0] in banned
     ]
     assert not wrong
+
+
+def distribution(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+# Import names that are not the distribution's. Of `sentencepiece`, the model's message is protobuf's.
+DISTRIBUTIONS = {"orbax": ["orbax-checkpoint"], "sentencepiece": ["sentencepiece", "protobuf"]}
+PINNED = {
+    file: {distribution(name) for name in re.findall(r"^([\w.-]+)==\S+$", text, re.MULTILINE)}
+    for file in ("requirements.txt", "requirements-reference.txt")
+    for text in [(ROOT / file).read_text()]
+}
+
+
+def third_party(path):
+    """Top-level names that a file imports, neither the standard library's nor ours."""
+    beside = {each.stem for each in path.parent.glob("*.py")}  # a script's neighbours
+    own = {"research", "experiments", "scripts", "tests"} | beside
+    return {name.split(".")[0] for name in imports(path)} - own - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("folder", ["research", "experiments", "scripts"])
+def test_what_is_imported_is_pinned(folder):
+    wrong, met = [], set()
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        found = third_party(path)
+        # What compares with the reference libraries runs in their own environment.
+        pinned = set().union(*PINNED.values()) if found & FOREIGN else PINNED["requirements.txt"]
+        met |= found
+        for name in sorted(found):
+            missing = set(DISTRIBUTIONS.get(name, [distribution(name)])) - pinned
+            wrong += [
+                f"{path.relative_to(ROOT)}: {name} needs {each}, not pinned" for each in missing
+            ]
+    assert not wrong
+    assert {"jax", "numpy"} <= met
 
 
 def test_files_are_small_described_and_named_for_what_they_hold():
