@@ -17,11 +17,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import linen as nn
 
 from research.runs import environment, page, results
 from research.runs.canonical import module_name, run_id, to_json
@@ -41,9 +42,26 @@ class Planned:
     overrides: dict[str, Any]
 
     def __str__(self) -> str:
-        json_form = to_json(self.overrides, "overrides")
-        shown = " ".join(f"{name}={results.brief(value)}" for name, value in json_form.items())
+        shown = " ".join(f"{name}={label(value)}" for name, value in self.overrides.items())
         return f"{self.id}  {shown or '(base)'}"
+
+
+def label(value: Any) -> str:
+    """A config value, short; of a dataclass the fields that differ from their defaults besides."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return results.brief(to_json(value))
+    hidden = ("parent", "name") if isinstance(value, nn.Module) else ()
+    found = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in hidden}
+    defaults = {f.name: f.default for f in fields(value)}
+    defaults |= {f.name: f.default_factory() for f in fields(value) if callable(f.default_factory)}
+    told = {name: each for name, each in found.items() if to_json(each) != _json(defaults[name])}
+    inside = ", ".join(f"{name}={label(each)}" for name, each in told.items())
+    return results.brief(to_json(value)) + (f"({inside})" if inside else "")
+
+
+def _json(default: Any) -> Any:
+    """None of a config's values is MISSING, and it has no JSON form."""
+    return MISSING if default is MISSING else to_json(default)
 
 
 @dataclass(frozen=True)

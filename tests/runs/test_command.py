@@ -1,9 +1,12 @@
 import dataclasses
+import hashlib
 import json
 
 import pytest
 
-from research.runs import Places, main, param, product, results
+from research.models.layers import RMSNorm
+from research.runs import Places, command, main, param, product, results
+from research.runs.canonical import run_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,50 @@ def test_list_runs_nothing(start, capsys):
     assert [line.split()[0] for line in out] == ["done", "to", "to", "to"]
     assert "optim.lr=0.2 seed=1" in out[-1]
     assert len(CALLS) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    beams: int
+    temperature: float = 1.0
+    optim: Optim = Optim()
+    stop: tuple[int, ...] = ()
+    extra: dict = dataclasses.field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (Optim(), "Optim"),
+        (Optim(lr=0.2), "Optim(lr=0.2)"),
+        (Decode(1), "Decode(beams=1)"),
+        (Decode(4, temperature=1, stop=(1, 2)), "Decode(beams=4, stop=1,2)"),
+        (Decode(1, 0.5, Optim(3.0)), "Decode(beams=1, temperature=0.5, optim=Optim(lr=3.0))"),
+        (Decode(1, extra={"a": 1}), "Decode(beams=1, extra={'a': 1})"),
+        (RMSNorm(1e-3), "RMSNorm(eps=0.001)"),
+        (run, "run"),
+        (Optim, "Optim"),
+        ((1, 2), "1,2"),
+        (None, "None"),
+    ],
+)
+def test_a_label_shows_what_is_not_default(value, shown):
+    assert command.label(value) == shown
+
+
+def test_labels_tell_the_runs_of_a_sweep_apart_and_leave_ids_alone(tmp_path, capsys):
+    base, sweep = Config(), param("optim", Optim(), Optim(lr=0.5))
+    main(base, sweep, run, smoke={}, arguments=["--sweep", "--list"], root=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == ["optim=Optim", "optim=Optim(lr=0.5)"]
+    ids = [run_id("test_command", Config(optim=optim)) for optim in (Optim(), Optim(lr=0.5))]
+    assert [line.split()[-2] for line in lines] == ids
+    # The id is a digest of the canonical JSON, written out here.
+    text = (
+        f'{{"optim":{{"lr":0.5,"type":"{__name__}:Optim"}},"seed":0,"steps":100,'
+        f'"type":"{__name__}:Config"}}'
+    )
+    assert ids[1] == f"test_command-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def test_the_table_is_printed_over_all_rows(start, capsys):
