@@ -140,3 +140,12 @@ class Attention(nn.Module):
             raise ValueError("Attention keeps every token: its cache needs a length")
         shape = (batch, length, self.kv_heads, self.head_size)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def even_head_size(width: int, heads: int) -> int:
+    """width / heads; ValueError naming both when heads do not divide the width."""
+    if width % heads:
+        raise ValueError(
+            f"{heads} heads do not divide the width {width}: give a head size, or others"
+        )
+    return width // heads

@@ -25,7 +25,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from research.models.attention import Attention
+from research.models.attention import Attention, even_head_size
 from research.models.block import Block, NormedResidual
 from research.models.decoder import DecoderConfig
 from research.models.families import glm
@@ -59,8 +59,11 @@ def chatglm(
     max_length: int = 2048,
     **parts: Any,
 ) -> DecoderConfig:
-    """A first-generation ChatGLM of any size; `parts` are further DecoderConfig fields."""
-    attention = Attention(heads, heads, width // heads, bias=True, out_bias=True)
+    """A first-generation ChatGLM of any size; `parts` are further DecoderConfig fields.
+
+    ValueError when `heads` do not divide `width`.
+    """
+    attention = Attention(heads, heads, even_head_size(width, heads), bias=True, out_bias=True)
     block = Block(attention, ffn, LayerNorm(eps), NormedResidual((2 * layers) ** 0.5))
     return DecoderConfig(
         vocab_size=vocab_size,

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from research.models.additive import Learned
-from research.models.attention import Attention
+from research.models.attention import Attention, even_head_size
 from research.models.block import Block, Residual, post_norm, pre_norm
 from research.models.decoder import DecoderConfig
 from research.models.families.checkpoint import (
@@ -68,6 +68,7 @@ def gpt(
     """A GPT of any size; `parts` are further DecoderConfig fields (dtype, attend, remat, ...).
 
     There is a final norm exactly when `residual` is pre_norm. windows: keys that each layer sees.
+    ValueError when `heads` do not divide `width` and there is no `head_size`.
     """
     windows = [None] * layers if windows is None else windows
     if len(windows) != layers:
@@ -75,7 +76,7 @@ def gpt(
     attention = Attention(
         heads,
         heads,
-        head_size or width // heads,
+        head_size or even_head_size(width, heads),
         bias=True,
         out_bias=True,
         dropout=attention_dropout,

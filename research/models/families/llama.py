@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from research.models.attention import Attention
+from research.models.attention import Attention, even_head_size
 from research.models.block import Block
 from research.models.decoder import DecoderConfig
 from research.models.families.checkpoint import (
@@ -56,12 +56,13 @@ def llama(
 ) -> DecoderConfig:
     """A LLaMA of any size; `parts` are further DecoderConfig fields (dtype, attend, remat, ...).
 
-    attention_bias: on q, k and v, and on o unless `out_bias` says otherwise.
+    attention_bias: on q, k and v, and on o unless `out_bias` says otherwise. ValueError when `heads`
+    do not divide `width` and there is no `head_size`.
     """
     attention = Attention(
         heads,
         kv_heads,
-        head_size or width // heads,
+        head_size or even_head_size(width, heads),
         bias=attention_bias,
         out_bias=attention_bias if out_bias is None else out_bias,
         dropout=attention_dropout,
@@ -177,15 +178,15 @@ def from_huggingface(config: dict) -> DecoderConfig:
 def sizes_from(config: dict) -> dict[str, Any]:
     """The arguments of `llama` that all families of its kind read from the same fields."""
     refuse(config, "hidden_act", "silu")
-    width, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
+    heads = require(config, "num_attention_heads")
     return {
         "vocab_size": require(config, "vocab_size"),
         "layers": require(config, "num_hidden_layers"),
-        "width": width,
+        "width": require(config, "hidden_size"),
         "heads": heads,
         "kv_heads": config.get("num_key_value_heads") or heads,
         "ffn": require(config, "intermediate_size"),
-        "head_size": config.get("head_dim") or width // heads,
+        "head_size": config.get("head_dim"),
         "eps": require(config, "rms_norm_eps"),
         "position": rope_from(config),
         "max_length": require(config, "max_position_embeddings"),

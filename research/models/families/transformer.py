@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from research.models.attention import Attention
+from research.models.attention import Attention, even_head_size
 from research.models.block import Block, Residual, post_norm, pre_norm
 from research.models.cross import CrossBlock
 from research.models.init import Xavier
@@ -48,12 +48,12 @@ def transformer(
     """One of any size, `layers` in the encoder and as many in the decoder.
 
     With residual=pre_norm (arXiv:2002.04745) a norm follows each trunk. `parts` are further
-    Seq2SeqConfig fields (position, attend, remat, ...).
+    Seq2SeqConfig fields (position, attend, remat, ...). ValueError when `heads` do not divide `width`.
     """
-    norm = LayerNorm(eps)
+    norm, size = LayerNorm(eps), even_head_size(width, heads)
 
     def attention() -> Attention:  # one each: an instance used twice would share its parameters
-        return Attention(heads, heads, width // heads, bias=attention_bias, out_bias=attention_bias)
+        return Attention(heads, heads, size, bias=attention_bias, out_bias=attention_bias)
 
     more = {"ffn": Mlp(ffn, jax.nn.relu), "norm": norm, "residual": residual, "dropout": dropout}
     return Seq2SeqConfig(
