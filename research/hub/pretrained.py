@@ -115,8 +115,8 @@ def describe(checkpoint: Checkpoint) -> tuple[ModuleType, Decoder, Params]:
     """The family, the model, and the shapes of its parameters, from the config alone."""
     try:
         require_fields(checkpoint.config)
-        family = families.find(checkpoint.config)
-        model = Decoder(family.from_huggingface(checkpoint.config))
+        family, config = families.read(checkpoint.config)
+        model = Decoder(config)
         return family, model, jax.eval_shape(lambda: init(model, jax.random.key(0)))
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error

@@ -2,8 +2,10 @@
 
 from types import ModuleType
 
+from research.models.decoder import DecoderConfig
 from research.models.families import baichuan, chatglm, glm, gpt, llama, qwen
 from research.models.families.checkpoint import ConfigError
+from research.models.families.fields import Fields
 
 FAMILIES = (gpt, llama, qwen, chatglm, glm, baichuan)
 
@@ -16,3 +18,14 @@ def find(config: dict) -> ModuleType:
             return family
     known = [architecture for family in FAMILIES for architecture in family.ARCHITECTURES]
     raise ConfigError(f"config.json: architectures {named} are not implemented, only {known}")
+
+
+def read(config: dict) -> tuple[ModuleType, DecoderConfig]:
+    """The family and the model that a config.json describes.
+
+    ConfigError, naming the field, for what is not implemented and for what nobody knows here.
+    """
+    family, fields = find(config), Fields(config)
+    described = family.from_huggingface(fields)
+    fields.refuse_unread()
+    return family, described

@@ -24,6 +24,7 @@ from research.models.families.checkpoint import (
     require,
     require_same,
 )
+from research.models.families.fields import Fields
 from research.models.families.rope_fields import rope_from
 from research.models.position import Rope
 
@@ -60,12 +61,10 @@ def from_huggingface(config: dict) -> DecoderConfig:
     for name in ("head_dim", "num_key_value_heads", "attention_bias"):
         require(config, name)  # transformers' defaults are those of GLM-4-9B
     rope = dict(config.get("rope_parameters") or {})
-    top = {name: value for name, value in config.items() if name != "partial_rotary_factor"}
     fraction = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
-    given = llama.sizes_from({**top, "rope_parameters": rope})
-    given["position"] = dataclasses.replace(
-        rope_from({**top, "rope_parameters": rope}), fraction=fraction, interleaved=True
-    )
+    rest = Fields(config).but("partial_rotary_factor", rope_parameters=rope)
+    given = llama.sizes_from(rest)
+    given["position"] = dataclasses.replace(rope_from(rest), fraction=fraction, interleaved=True)
     sizes = [given.pop(n) for n in ("vocab_size", "layers", "width", "heads", "kv_heads", "ffn")]
     refuse(config, "mlp_bias", False, None)
     return glm(*sizes, bias=config["attention_bias"], **given)

@@ -81,8 +81,9 @@ def windows_from(config: dict, layers: int) -> list[int | None]:
 
     Without `layer_types` (transformers before 5) the layers from `max_window_layers` on slide.
     """
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    first = config.get("max_window_layers", 28) if window is not None else layers
+    window, first = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
+    if not config.get("use_sliding_window"):
+        window, first = None, layers
     types = config.get("layer_types") or [
         SLIDING if layer >= first else FULL for layer in range(layers)
     ]
