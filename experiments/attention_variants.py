@@ -15,7 +15,6 @@ Expect: losses close to each other, the linear form behind; caches 4 and 8 times
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from matplotlib.figure import Figure
 
 from experiments.shared import small_lm
 from experiments.shared.cells import cells, markdown
-from experiments.shared.small_lm import Data, Recipe
-from research.decode.generate import for_decoding, generate
-from research.decode.sampling import Sampling
+from experiments.shared.decoding import decoding_speed
+from experiments.shared.small_lm import Recipe
 from research.models import decoder
 from research.models.attention import Attention
 from research.models.decoder import Decoder, DecoderConfig
@@ -131,17 +129,6 @@ def cache_bytes(model: Decoder, length: int) -> int:
     """What one row's layers keep when `length` tokens have been read."""
     cache = decoder.empty_cache(model, 1, length)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
-
-
-def decoding_speed(model: Decoder, params: Any, data: Data, prompt: int, answer: int) -> float:
-    """Tokens a second of one row, greedy, the prompt's reading included; the second of two calls."""
-    params, sampling = for_decoding(params), Sampling(0.0, max_tokens=answer)
-    prompts = [data.held_out[:prompt].tolist()]
-    for _ in range(2):
-        started = time.perf_counter()
-        said = generate(model, params, prompts, jax.random.key(0), sampling)
-        took = time.perf_counter() - started
-    return float(said.lengths.sum()) / took
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:

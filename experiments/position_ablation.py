@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from experiments.shared import small_lm
 from experiments.shared.cells import cells, markdown
+from experiments.shared.lengths import draw, scores
 from experiments.shared.small_lm import Recipe
 from research.models.additive import Learned, Sinusoidal
 from research.models.families.llama import llama
@@ -49,10 +50,7 @@ class Config:
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    recipe, most = config.recipe, config.position.most
-    if most is not None:
-        within = tuple(length for length in recipe.eval_lengths if length <= most)
-        recipe = dataclasses.replace(recipe, eval_lengths=within)
+    recipe = config.recipe
     sizes = (config.layers, config.width, config.heads, config.heads, config.ffn)
     model = llama(
         recipe.vocab_size,
@@ -67,17 +65,10 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     return small_lm.train(model, data, recipe, directory, config.seed).metrics()
 
 
-def scores(group: results.Group) -> dict[int, results.Statistic]:
-    """Held-out nats a token by length, where the scheme reaches."""
-    has = results.metrics(group.rows[0])
-    lengths = BASE.recipe.eval_lengths
-    return {n: group.statistic(f"nll/{n}") for n in lengths if f"nll/{n}" in has}
-
-
 def table(rows: list[results.Row]) -> str:
     lines = []
     for (name,), group in cells(rows, BASE, position=SCHEMES).items():
-        found = scores(group)
+        found = scores(group, BASE.recipe.eval_lengths)
         lines.append([name, *(found.get(n, "–") for n in BASE.recipe.eval_lengths)])
     heads = ["positions", *(f"{n} tokens" for n in BASE.recipe.eval_lengths)]
     return markdown(heads, lines) + f"\nHeld-out nats a token; trained on {LENGTH} tokens.\n"
@@ -85,16 +76,8 @@ def table(rows: list[results.Row]) -> str:
 
 def figure(rows: list[results.Row]) -> Figure:
     drawing = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = drawing.subplots()
-    for (name,), group in cells(rows, BASE, position=SCHEMES).items():
-        found = scores(group)
-        spread = [statistic.std or 0 for statistic in found.values()]
-        means = [statistic.mean for statistic in found.values()]
-        axes.errorbar(list(found), means, yerr=spread, marker="o", capsize=3, label=name)
-    axes.set(xscale="log", xlabel="tokens in a window", ylabel="held-out nats a token")
-    axes.set_xticks(BASE.recipe.eval_lengths, minor=False)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False)
+    groups = {name: each for (name,), each in cells(rows, BASE, position=SCHEMES).items()}
+    draw(drawing.subplots(), groups, BASE.recipe.eval_lengths)
     return drawing
 
 
