@@ -7,6 +7,9 @@ and b [R, out] (for an embedding lora_embedding_A [R, V] and lora_embedding_B [D
 Ours are stacked over layers and have one scale for all. An adapter whose rank or alpha differs
 between layers is read exactly by padding ranks with zeros and folding the ratio of scales into b;
 a layer that it leaves out gets zeros.
+
+A tensor that packs several of our matrices (GPT-2's c_attn, ChatGLM's query_key_value) is one module
+to PEFT, whose factors all parts share; ours have factors of their own. Both ways it is refused.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ def load_adapter(pretrained: Pretrained, directory: str | Path) -> Pretrained:
     config = read_config(directory)
     tensors = read_tensors(directory / WEIGHTS)
     entries = adaptable(pretrained)
+    refuse_packed(directory, pretrained, tensors)
     leaves = dict(named_leaves(pretrained.params, is_leaf=is_weight))
     shapes = {path: jax.eval_shape(dense, leaves[path]).shape for path in entries}
     found: dict[str, LoRA] = {}
@@ -69,9 +73,28 @@ def load_adapter(pretrained: Pretrained, directory: str | Path) -> Pretrained:
 
 def adaptable(pretrained: Pretrained) -> dict[str, Entry]:
     """{path: entry} of the matrices that an adapter may stand on: none that is part of a tensor."""
+    return {path: e for path, e in matrices(pretrained).items() if e.columns is None}
+
+
+def matrices(pretrained: Pretrained) -> dict[str, Entry]:
+    """{path: entry} of all matrices, parts of packed tensors among them."""
     entries = families.find(pretrained.config).name_map(pretrained.model.config)
-    ends = ("/kernel", "/table")
-    return {e.path: e for e in entries if e.path.endswith(ends) and e.columns is None}
+    return {e.path: e for e in entries if e.path.endswith(("/kernel", "/table"))}
+
+
+def refuse_packed(directory: Path, pretrained: Pretrained, tensors: dict[str, np.ndarray]) -> None:
+    """CheckpointError naming an adapter's factor that stands on a packed tensor."""
+    packed = {path: e for path, e in matrices(pretrained).items() if e.columns is not None}
+    parts: dict[str, list[str]] = {}
+    for path, entry in packed.items():
+        for layer in range(pretrained.model.config.layers):
+            parts.setdefault(factor_names(entry, layer)[0], []).append(path)
+    found = sorted(parts.keys() & tensors.keys())
+    if found:
+        raise CheckpointError(
+            f"{directory / WEIGHTS}: {found[0]} adapts a tensor that is "
+            f"{', '.join(parts[found[0]])} here: not implemented"
+        )
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
@@ -194,7 +217,13 @@ def require_expressible(
 ) -> None:
     if not nodes:
         raise CheckpointError(f"{directory}: the model has no LoRA to save")
+    known = matrices(pretrained)
     for path, node in nodes.items():
+        if path in known and path not in entries:
+            raise CheckpointError(
+                f"{directory}: {path} is a part of the tensor {known[path].name}, which PEFT adapts "
+                "as a whole: merge the adapter and save the model"
+            )
         if path not in entries:
             raise CheckpointError(f"{directory}: the family has no name for the matrix {path}")
         if isinstance(node.base, LoRA):
@@ -203,3 +232,17 @@ def require_expressible(
         raise CheckpointError(f"{directory}: {TIED}")
     if len({node.dropout for node in nodes.values()}) > 1:
         raise CheckpointError(f"{directory}: dropout differs between matrices; PEFT has one")
+    require_one_scale(directory, entries, nodes)
+
+
+def require_one_scale(directory: Any, entries: dict[str, Entry], nodes: dict[str, LoRA]) -> None:
+    """PEFT's patterns name a module in all layers at once: rank and scale must agree there."""
+    found: dict[str, tuple[str, tuple[int, float]]] = {}
+    for path, node in nodes.items():
+        here = (node.a.shape[-1], node.scale)
+        other, there = found.setdefault(module_of(entries[path]), (path, here))
+        if here != there:
+            raise CheckpointError(
+                f"{directory}: {other} and {path} are layers of one module to PEFT, but (rank, scale) "
+                f"is {there} and {here}"
+            )

@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import original_layouts
 import pytest
 from hub_reference import FIXTURES, ask, loss, needs_reference
 from safetensors.numpy import load_file, save_file
@@ -238,6 +239,53 @@ def test_what_cannot_be_saved(base, key, tmp_path):
             hub.load(FIXTURES / "tiny_llama/tied_biased"), FIXTURES / "adapters/embeddings"
         )
     assert not (tmp_path / "out").exists()
+
+
+PACKED = {
+    "tiny_gpt/gpt2": "transformer.h.{layer}.attn.c_attn.weight",
+    "chatglm2": "transformer.encoder.layers.{layer}.self_attention.query_key_value.weight",
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_part_of_a_packed_tensor_is_refused_by_name(name, key, tmp_path):
+    if name == "chatglm2":
+        model = hub.load(original_layouts.chatglm2(tmp_path / name, FIXTURES / "tiny_glm/biased"))
+    else:
+        model = hub.load(FIXTURES / name)
+    for part in "qkv":
+        one = adapted(model, key, f".*/{part}/kernel")
+        with pytest.raises(
+            CheckpointError, match=f"/{part}/kernel is a part of the tensor"
+        ) as said:
+            hub.save_adapter(tmp_path / "out", one)
+        assert PACKED[name] in str(said.value)
+    assert not (tmp_path / "out").exists()
+    beside = adapted(model, key, r".*/attention/o/kernel")
+    hub.save_adapter(tmp_path / "beside", beside)
+    again = hub.load_adapter(model, tmp_path / "beside")
+    ours, theirs = (dict(named_leaves(merge(m.params))) for m in (beside, again))
+    for path, leaf in ours.items():
+        np.testing.assert_allclose(leaf, theirs[path], rtol=0, atol=1e-6, err_msg=path)
+    # An adapter of PEFT's own on the packed tensor.
+    module = PACKED[name].format(layer=1).removesuffix(".weight")
+    width = model.model.config.width
+    factors = {"A": np.ones((2, width), np.float32), "B": np.ones((3 * width, 2), np.float32)}
+    more = {f"base_model.model.{module}.lora_{k}.weight": v for k, v in factors.items()}
+    change_tensors(tmp_path / "beside", lambda tensors: tensors.update(more))
+    with pytest.raises(CheckpointError, match=r"1\..*attention.*lora_A|1\.attn.*lora_A") as said:
+        hub.load_adapter(model, tmp_path / "beside")
+    assert "attention/q/kernel, " in str(said.value) and "attention/v/kernel" in str(said.value)
+
+
+def test_layers_of_one_module_with_other_scales_are_refused(key, tmp_path):
+    model = hub.load(FIXTURES / "tiny_qwen/alternating")
+    paths = [f"{name}/kernel" for name in ("stack_0/block_0/ffn/up", "stack_0/block_1/ffn/up")]
+    one = adapted(model, key, paths[0], rank=2, alpha=4)
+    both = adapted(one, key, paths[1], rank=2, alpha=8)
+    with pytest.raises(CheckpointError, match=r"one module to PEFT.*\(2, 2.0\) and \(2, 4.0\)"):
+        hub.save_adapter(tmp_path / "out", both)
+    hub.save_adapter(tmp_path / "out", adapted(one, key, paths[1], rank=2, alpha=4))
 
 
 def test_factors_are_float32_whatever_the_model_is(copy):
