@@ -9,8 +9,9 @@ Differs from the papers: language modelling, width 64, up to 18 layers and not 1
 warms up. All begin from Xavier, DeepNorm from its own scaled form of it, with embeddings times
 sqrt(width): without that scale post-norm stays at the frequencies of single tokens (LOG.md).
 Run:    python -m experiments.norm_residual_depth --sweep        (3 norms x 2 depths x 2 rates x 2 seeds)
-Expect: post-norm behind, and more so at the high rate and with depth; its gradient largest in the
-        last layer, pre-norm's in the first, as Xiong et al. derive; DeepNorm level with depth.
+Expect: pre-norm ahead, far so at the high rate; post-norm lost at 18 layers, its gradient largest in
+        the last layer, pre-norm's in the first, as Xiong et al. derive; DeepNorm level with depth at
+        the modest rate, its gradients equal, and lost at 18 layers at the high one.
 """
 
 from __future__ import annotations
