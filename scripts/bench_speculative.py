@@ -4,8 +4,8 @@
     python -m scripts.bench_speculative --tokens 200 --count 12 --ngram 2
     python -m scripts.bench_speculative --quick            16 tokens, once each: does it run?
 
-SmolLM2-135M-Instruct reads a passage of Shakespeare and the beginning of the same passage once
-more, and goes on greedily. Both ways must say the same tokens, or the command fails. A time is that
+SmolLM2-135M-Instruct reads a passage of Shakespeare, twice or as often as --copies says, and its
+beginning once more, and goes on greedily: the more copies, the more exactly it copies. Both ways must say the same tokens, or the command fails. A time is that
 of a whole call, prompt included; the last lines are medians, their ratio, and how many tokens a
 forward pass gave.
 """
@@ -71,18 +71,18 @@ def alternate(
     return Measured(*times, len(expected), found)
 
 
-def copying(encode: Callable[[str], Sequence[int]], length: int) -> list[int]:
-    """A passage of `length` tokens, and how it begins."""
+def copying(encode: Callable[[str], Sequence[int]], length: int, copies: int) -> list[int]:
+    """A passage of `length` tokens, `copies` times, and how it begins."""
     play = corpora.shakespeare()["hamlet"]
     place = play.index("To be, or not to be")
     passage = list(encode(play[place : place + 8 * length]))[:length]
-    return [*passage, *encode("\n\n"), *passage[:AGAIN]]
+    return [*passage, *encode("\n\n")] * copies + passage[:AGAIN]
 
 
 def measure(options: argparse.Namespace) -> Measured:
     base = hub.load(smollm2())
     params = for_decoding(base.params, donate=True)
-    prompt = copying(base.tokenizer.encode, options.tokens + 2 * AGAIN)
+    prompt = copying(base.tokenizer.encode, options.tokens + 2 * AGAIN, options.copies)
     sampling, rng = Sampling(temperature=0.0, max_tokens=options.tokens), jax.random.key(0)
     draft = Lookup(options.count, options.ngram)
     return alternate(
@@ -100,14 +100,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=2, help="of the passage in the prompt")
     parser.add_argument("--count", type=int, default=8, help="tokens proposed at a time")
     parser.add_argument("--ngram", type=int, default=3, help="longest match")
     parser.add_argument("--quick", action="store_true", help="16 tokens, one repetition")
     options = parser.parse_args(arguments)
     if options.quick:
         options.tokens, options.repeats = 16, 1
-    if min(options.tokens, options.repeats) < 1:
-        parser.error("--tokens and --repeats must be at least 1")
+    if min(options.tokens, options.repeats, options.copies) < 1:
+        parser.error("--tokens, --repeats and --copies must be at least 1")
     return options
 
 
