@@ -4,7 +4,7 @@ from types import ModuleType
 
 from research.models.decoder import DecoderConfig
 from research.models.families import baichuan, chatglm, glm, gpt, llama, qwen
-from research.models.families.checkpoint import ConfigError
+from research.models.families.checkpoint import ConfigError, refuse
 from research.models.families.fields import Fields
 
 FAMILIES = (gpt, llama, qwen, chatglm, glm, baichuan)
@@ -26,6 +26,7 @@ def read(config: dict) -> tuple[ModuleType, DecoderConfig]:
     ConfigError, naming the field, for what is not implemented and for what nobody knows here.
     """
     family, fields = find(config), Fields(config)
+    refuse(fields, "is_causal", True, None)  # transformers turns any decoder into an encoder by it
     described = family.from_huggingface(fields)
     fields.refuse_unread()
     return family, described

@@ -205,7 +205,10 @@ def _second_from(config: dict) -> DecoderConfig:
     for name, value in SECOND.items():
         refuse(config, name, value)
     require(config, "multi_query_attention")  # without it the code's default is False
-    vocab_size, ratio = require(config, "padded_vocab_size"), config.get("rope_ratio", 1)
+    vocab_size, layers = require(config, "padded_vocab_size"), require(config, "num_layers")
+    refuse(config, "vocab_size", vocab_size)  # both are said twice where the original code saved
+    refuse(config, "num_hidden_layers", layers)
+    ratio = config.get("rope_ratio", 1)
     if ratio != 1 and vocab_size != GLM4_VOCABULARY:
         raise ConfigError(
             f"config.json: rope_ratio = {ratio} divides positions in ChatGLM2's code and multiplies "
@@ -213,7 +216,7 @@ def _second_from(config: dict) -> DecoderConfig:
         )
     return glm.glm(
         vocab_size,
-        require(config, "num_layers"),
+        layers,
         require(config, "hidden_size"),
         require(config, "num_attention_heads"),
         require(config, "multi_query_group_num"),

@@ -12,10 +12,11 @@ from research.models.families.checkpoint import ConfigError
 
 # Where the file comes from, and how the library that wrote it runs or labels things.
 _BOOKKEEPING = """
-_attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path
-architectures attn_implementation auto_map chunk_size_feed_forward dtype finetuning_task
-gradient_checkpointing id2label is_decoder is_encoder_decoder is_llama_config label2id
-low_cpu_mem_usage model_type output_attentions output_hidden_states prefix problem_type return_dict
+_attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
+_from_model_config _name_or_path _num_labels architectures attn_implementation auto_map
+chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label is_decoder
+is_encoder_decoder is_llama_config label2id low_cpu_mem_usage model_type num_labels
+output_attentions output_hidden_states output_past prefix problem_type return_dict
 task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config
 transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict
 """
@@ -39,7 +40,9 @@ _ARITHMETIC = """
 apply_query_key_layer_scaling attention_softmax_in_fp32 bias_dropout_fusion
 fp32_residual_connection
 """
-NEUTRAL = frozenset(f"{_BOOKKEEPING} {_DECODING} {_TRAINING} {_ARITHMETIC}".split())
+# Lengths of buffers under the names of older code, beside those that are read.
+_LENGTHS = "max_sequence_length n_ctx"
+NEUTRAL = frozenset(f"{_BOOKKEEPING} {_DECODING} {_TRAINING} {_ARITHMETIC} {_LENGTHS}".split())
 
 
 class Fields(dict):
