@@ -17,9 +17,9 @@ Differs from the papers: a million parameters; one tokenizer, vocabulary and lea
 no dropout (GPT-2) and no max-z loss (Baichuan 2). Learned positions have no row beyond 128 and are
 tested there only. Speeds are of this machine at that time.
 Run:    python -m experiments.family_shootout --sweep        (5 families x 2 seeds)
-Expect: all within a tenth or two of a nat at 128; ALiBi level or better at 512, RoPE a little worse;
-        tied heads slower in training, as a matrix that serves twice is counted once; fewer key/value
-        heads without effect on the speed of so small a model.
+Expect: LLaMA, ChatGLM2 and Qwen2 level at 128, GPT-2 a tenth behind; Baichuan 2 far ahead, by a head
+        that does not begin near zero and would lead less in a long training (LOG.md). At 512 ALiBi
+        no worse, rotary a little.
 """
 
 from __future__ import annotations
