@@ -13,9 +13,9 @@ of one seed, which see the same batches in the same order.
 Differs from the papers: a million parameters, an eighth of the text read once: nothing to overfit.
 Every schedule has the same peak, and all but the constant one and 2017's end at a tenth of it.
 Run:    python -m experiments.training_recipe --sweep        (17 variants x 2 seeds)
-Expect: dropout and label smoothing behind, as nothing is seen twice; the constant rate behind those
-        that fall; std 0.2 far behind; weight decay and the further losses at their papers' sizes
-        without effect in so few steps, but z-loss of 1e-2 with log Z nearer to 0.
+Expect: rates that stay high ahead, as 120 steps are far from convergence; no warmup, larger
+        initialisations, dropout and label smoothing behind; weight decay and the further losses at
+        their papers' sizes without effect, and z-loss of 1e-2 with log Z two lower.
 """
 
 from __future__ import annotations
