@@ -91,12 +91,14 @@ def figure(rows: list[results.Row]) -> Figure:
     group = cells(rows, BASE)[()]
     drawing = Figure(figsize=(6, 3.6), layout="constrained")
     axes = drawing.subplots()
-    for place, (how, k, name) in enumerate(names(BASE)):
-        after = group.statistic(f"after/{name}")
-        axes.bar([place], [after.mean], yerr=[after.std or 0], capsize=3, label=f"{how}, {k}")
-    values = [group.statistic(f"after/{name}").mean for *_, name in names(BASE)]
-    axes.set(ylabel="held-out nats a token", xticks=[])
-    axes.set_ylim(0.98 * min(values), 1.02 * max(values))
+    shown = names(BASE)
+    for when, face in (("before", "none"), ("after", "C0")):
+        found = [group.statistic(f"{when}/{name}") for *_, name in shown]
+        means, spread = [each.mean for each in found], [each.std or 0 for each in found]
+        look = {"fmt": "o", "color": "C0", "markerfacecolor": face, "capsize": 3}
+        axes.errorbar(range(len(shown)), means, yerr=spread, label=f"{when} uptraining", **look)
+    axes.set_xticks(range(len(shown)), [f"{how}\n{k}" for how, k, _ in shown])
+    axes.set(xlabel="heads made by, key/value heads", ylabel="held-out nats a token")
     axes.legend(frameon=False, fontsize=8)
     return drawing
 

@@ -43,3 +43,5 @@ def test_scores_are_of_the_lengths_that_a_run_has():
     assert axes.get_legend_handles_labels()[1] == ["short"]
     (line,) = axes.containers[0].lines[:1]
     assert line.get_xydata().tolist() == [[16, 1.5]]
+    ticks = axes.xaxis.get_majorticklocs().tolist(), axes.xaxis.get_minorticklocs().tolist()
+    assert ticks == ([16, 32], [])  # a log axis writes its minor ticks between them
