@@ -15,7 +15,7 @@ schedule's, relative to the root mean square of the parameters only when `relati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,7 +40,8 @@ class Optimizer:
     weight_decay  decoupled, multiplied by lr
     clip_norm     largest global norm of the gradient; None does not clip
     rates         (regex, multiplier of lr) pairs covering every path; a multiplier may be a vector
-                  [L] over the leading axis of a stacked leaf, and None freezes the leaf
+                  [L] over the leading axis of a stacked leaf, a function from the step to either
+                  (`depth.Unfreezing`), or None, which freezes the leaf
     decay         (regex, multiplier of weight_decay or bool) pairs covering every path; None is
                   `DECAY`, whose expressions need not all match
     """
@@ -150,17 +151,30 @@ def _decays(config: Optimizer, names: list[str]) -> dict[str, float | bool]:
     return assign(rules if len(exceptions) < len(names) else DECAY[:1], names)
 
 
-def _multiplier(name: str, rate: Any, leaf: Array) -> float | np.ndarray:
-    """A number, or a vector [L] shaped [L, 1, ...] to meet its leaf."""
+Multiplier = float | np.ndarray | Callable[[Array], Array]
+
+
+def _multiplier(name: str, rate: Any, leaf: Array) -> Multiplier:
+    """A number, a vector [L] shaped [L, 1, ...] to meet its leaf, or a function from the step to one."""
+    if callable(rate):
+        shape = _fitting(name, jax.eval_shape(rate, jnp.int32(0)), leaf)
+        return lambda step: jnp.reshape(rate(step), shape)
     if np.ndim(rate) == 0:
         return float(rate)
     vector = np.asarray(rate, np.float32)
+    return vector.reshape(_fitting(name, vector, leaf))
+
+
+def _fitting(name: str, vector: Any, leaf: Array) -> tuple[int, ...]:
+    """The shape in which a number or a vector [L] meets its leaf."""
+    if vector.ndim == 0:
+        return ()
     if vector.ndim != 1 or leaf.ndim == 0 or leaf.shape[0] != vector.shape[0]:
         raise ValueError(
             f"rate of {name}: a vector of shape {vector.shape} does not fit a leaf of shape "
             f"{leaf.shape}; expected one rate for each entry of the leading axis"
         )
-    return vector.reshape(-1, *[1] * (leaf.ndim - 1))
+    return (vector.shape[0], *[1] * (leaf.ndim - 1))
 
 
 def _add_decay(weights: Mapping[str, float]) -> optax.GradientTransformation:
@@ -174,7 +188,7 @@ def _add_decay(weights: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def _scale_by_rate(
-    lr: float | Schedule, multipliers: Mapping[str, float | np.ndarray]
+    lr: float | Schedule, multipliers: Mapping[str, Multiplier]
 ) -> optax.GradientTransformation:
     def rate_at(count: Array) -> Array:
         return jnp.asarray(lr(count) if callable(lr) else lr, jnp.float32)
@@ -185,8 +199,12 @@ def _scale_by_rate(
 
     def update(updates, state, params=None):
         rate = rate_at(state.count)
-        scaled = map_named(lambda name, update: -rate * multipliers[name] * update, updates)
-        return scaled, RateState(state.count + 1, rate)
+
+        def scale(name: str, update: Array) -> Array:
+            share = multipliers[name]
+            return -rate * (share(state.count) if callable(share) else share) * update
+
+        return map_named(scale, updates), RateState(state.count + 1, rate)
 
     return optax.GradientTransformation(init, update)
 
