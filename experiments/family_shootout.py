@@ -197,7 +197,7 @@ def draw_speeds(axes: Axes, found: dict[str, results.Group]) -> None:
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
     axes.set_xlabel("tokens a second over LLaMA's")
-    axes.legend(frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=2, frameon=False)
 
 
 BASE = Config()

@@ -31,7 +31,7 @@ from research.runs import main, param, product, results
 LENGTH = 128
 SCHEMES: dict[str, NoPosition] = {
     "sinusoidal": Sinusoidal(),
-    "learned": Learned(LENGTH),
+    "learned": Learned(LENGTH, init_std=1.0),  # the embeddings' own size, as sinusoids have
     "rotary": Rope(),
     "ALiBi": Alibi(),
     "none": NoPosition(),

@@ -234,6 +234,7 @@ def figure(rows: list[results.Row]) -> Figure:
             axes.plot(np.mean(moved), place, "o", color="C0")
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=0.05)
+    axes.set(xlim=(-1, 1), xticks=(-1, -0.1, 0, 0.1, 1))
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
     axes.set_xlabel("held-out nats a token less the baseline's (linear within ±0.05)")
