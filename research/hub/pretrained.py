@@ -22,12 +22,11 @@ from research.hub.replace import left_behind, replacing
 from research.models import families
 from research.models.decoder import Decoder, axes, head_size, init
 from research.models.families.checkpoint import ConfigError
-from research.tokenize.tokenizer import Tokenizer
+from research.tokenize.tokenizer import VOCABULARIES, Tokenizer
 from research.train.sharding import shardings
 from research.types import Array, Params
 
 MAX_SHARD_BYTES = 2 * 1000**3
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What older versions of transformers wrote, said again by rope_parameters and dtype.
 OLD_FIELDS = (
     "rope_theta",
@@ -87,13 +86,28 @@ def load(path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -
         kept = [str(p) for p in left_behind(path)]
         hint = f"; a killed save left {kept}, which the next save puts back" if kept else ""
         raise CheckpointError(f"{path}: there is no such file or directory{hint}")
-    rows = checkpoint.config.get("vocab_size")
-    if tokenizer is not None and isinstance(rows, int) and tokenizer.vocab_size > rows:
+    if tokenizer is not None:
+        _require_fit(path, checkpoint.config, tokenizer)
+    model, params = build(checkpoint, dtype, mesh)
+    return Pretrained(model, params, tokenizer, checkpoint.config, generation)
+
+
+def _require_fit(path: Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """CheckpointError when the model has fewer rows than the tokenizer ids, or other ids.
+
+    The ids are looked at where positions hang on the start token (ChatGLM-6B); the first upload of
+    that model has all of them moved by 20,000.
+    """
+    rows, start = config.get("vocab_size"), config.get("bos_token_id")
+    if isinstance(rows, int) and tokenizer.vocab_size > rows:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}"
         )
-    model, params = build(checkpoint, dtype, mesh)
-    return Pretrained(model, params, tokenizer, checkpoint.config, generation)
+    if config.get("position_encoding_2d") and tokenizer.bos_id not in (None, start):
+        raise CheckpointError(
+            f"{path}: config.json has bos_token_id {start}, the tokenizer {tokenizer.bos_id} "
+            f"({tokenizer.id_to_token(tokenizer.bos_id)!r})"
+        )
 
 
 def build(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None = None) -> tuple[Decoder, Params]:
@@ -130,7 +144,7 @@ def describe(checkpoint: Checkpoint) -> tuple[ModuleType, Decoder, Params]:
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:
     """The directory's tokenizer; None when it holds no tokenizer file at all."""
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+    if not any((directory / name).exists() for name in VOCABULARIES):
         return None
     return Tokenizer.from_directory(directory)
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 import tokenizers
 from tokenizers import AddedToken
 
-from research.tokenize.tokenizer import Tokenizer, TokenizerError
+from research.tokenize.tokenizer import Tokenizer, TokenizerError, spans
 
 
 def add_control(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
@@ -46,7 +46,7 @@ def encode_literally(
     if found:
         names = [tokenizer.id_to_token(token_id) for token_id in sorted(found)]
         raise TokenizerError(f"this vocabulary makes control tokens {names} of plain text")
-    return encoding.ids, encoding.offsets
+    return encoding.ids, spans(encoding.offsets)
 
 
 @lru_cache(maxsize=16)

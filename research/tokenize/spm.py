@@ -4,14 +4,21 @@ Unigram (Kudo 2018) keeps its pieces and scores; Viterbi over them is the same i
 BPE has no merge list in the file: two neighbours merge when their concatenation is a piece, the
 piece of the highest score first, which is the merge list built here.
 
+User-defined pieces are found in the normalized text and stay whole. A Unigram model finds them
+itself, since they cost next to nothing; beside a BPE they are added tokens, looked for after the
+normalizer.
+
 Control pieces (<s>, </s>, chat markers) are found in the text, which SentencePiece itself never
 does; everything else is equal, and tests compare the two. (Two Unigram segmentations of exactly
-equal score, a run of spaces cut in two ways say, may be told apart differently.)
+equal score, a run of spaces cut in two ways say, may be told apart differently. In a BPE with a
+dummy prefix, a text that is nothing but a user-defined piece's name lacks the prefix. With a table of
+characters to be folded, combining marks may be folded differently.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
@@ -20,6 +27,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
 
 SPACE = "▁"
+ALONE = "\ufdd0"  # no character: marks a text for as long as it is normalized
 
 
 class SentencePieceError(ValueError):
@@ -43,25 +51,60 @@ def parse(proto: bytes, name: str = "tokenizer.model") -> sentencepiece_model_pb
     return model
 
 
-def backend(model: sentencepiece_model_pb2.ModelProto) -> Tokenizer:
-    """The `tokenizers` pipeline that gives the ids of SentencePiece's own encoder."""
+def backend(
+    model: sentencepiece_model_pb2.ModelProto, written: Sequence[tuple[str, str]] = ()
+) -> Tokenizer:
+    """The `tokenizers` pipeline that gives the ids of SentencePiece's own encoder.
+
+    `written` are (text, piece) replacements made in this order before SentencePiece's own
+    normalization, and taken back when ids are decoded.
+    """
     unigram = model.trainer_spec.model_type == UNIGRAM
     tokenizer = Tokenizer(unigram_model(model) if unigram else bpe_model(model))
-    tokenizer.normalizer = _normalizer(model.normalizer_spec)
-    tokenizer.decoder = _decoder(model.normalizer_spec.add_dummy_prefix)
+    steps = [normalizers.Replace(text, piece) for text, piece in written]
+    steps += _normalizer(model.normalizer_spec)
+    names = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
+    if names and not unigram and model.normalizer_spec.add_dummy_prefix:
+        steps = _without_prefix(names, steps)
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = _decoder(model.normalizer_spec.add_dummy_prefix, written)
     for piece in model.pieces:
-        if piece.type in (CONTROL, USER_DEFINED):
-            token = AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)
-            add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
-            add([token])
+        if piece.type == CONTROL:
+            tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
+    _add_user_defined(tokenizer, names, unigram)
     return tokenizer
+
+
+def _add_user_defined(tokenizer: Tokenizer, names: Sequence[str], unigram: bool) -> None:
+    """User-defined pieces that the model does not find by itself.
+
+    One that the normalizer would change is looked for before it.
+    """
+    for name in names:
+        changed = tokenizer.normalizer.normalize_str(name) not in (name, SPACE + name)
+        if changed or not unigram:
+            tokenizer.add_tokens([AddedToken(name, normalized=not changed)])
+
+
+def _without_prefix(
+    names: Sequence[str], steps: list[normalizers.Normalizer]
+) -> list[normalizers.Normalizer]:
+    """The steps, but that a text which is one of `names` gets no dummy prefix.
+
+    An added token is looked for in the normalized text by its own normalized name, which must
+    therefore stay as it is.
+    """
+    whole = rf"(?=(?:{'|'.join(map(re.escape, names))})\z)"
+    before = normalizers.Replace(Regex(rf"\A{whole}"), ALONE)
+    return [before, *steps, normalizers.Replace(Regex(rf"\A{SPACE}{ALONE}{whole}"), "")]
 
 
 def unigram_model(model: sentencepiece_model_pb2.ModelProto) -> models.Unigram:
     # A byte piece is reached by fallback only: its name written out in the text ("<0x0A>") must
     # not match, so it gets a score that no path would choose, as long as the characters of the
-    # name are pieces themselves.
-    vocabulary = [(p.piece, -1e4 if p.type == BYTE else p.score) for p in model.pieces]
+    # name are pieces themselves. That of a user-defined piece is SentencePiece's own.
+    fixed = {BYTE: -1e4, USER_DEFINED: -0.1}
+    vocabulary = [(p.piece, fixed.get(p.type, p.score)) for p in model.pieces]
     unknown = next(i for i, p in enumerate(model.pieces) if p.type == UNKNOWN)
     return models.Unigram(vocabulary, unknown, byte_fallback=model.trainer_spec.byte_fallback)
 
@@ -94,7 +137,9 @@ def merges(scores: Iterable[tuple[str, float]]) -> list[tuple[str, str]]:
     return ordered
 
 
-def _normalizer(spec: sentencepiece_model_pb2.NormalizerSpec) -> normalizers.Normalizer:
+def _normalizer(
+    spec: sentencepiece_model_pb2.NormalizerSpec,
+) -> list[normalizers.Normalizer]:
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -104,11 +149,12 @@ def _normalizer(spec: sentencepiece_model_pb2.NormalizerSpec) -> normalizers.Nor
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
-    return normalizers.Sequence(steps)
+    return steps
 
 
-def _decoder(dummy_prefix: bool) -> decoders.Decoder:
+def _decoder(dummy_prefix: bool, written: Sequence[tuple[str, str]]) -> decoders.Decoder:
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
+    steps += [decoders.Replace(piece, text) for text, piece in written]
     return decoders.Sequence(steps)

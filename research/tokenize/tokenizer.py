@@ -1,7 +1,7 @@
 """Text to ids and back: one form over a `tokenizers` pipeline, with the ids that matter by name.
 
 A directory is read as `transformers` reads it: `tokenizer.json`, or `tokenizer.model` (a
-SentencePiece model, see spm.py), beside `tokenizer_config.json`, `special_tokens_map.json`,
+SentencePiece model, see spm.py; `ice_text.model`: chatglm.py), beside `tokenizer_config.json`, `special_tokens_map.json`,
 `chat_template.jinja` and `generation_config.json`; what `save` writes, `transformers` opens.
 """
 
@@ -19,9 +19,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, processors
 
-from research.tokenize import spm
+from research.tokenize import chatglm, spm
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+SENTENCEPIECE = ("tokenizer.model", chatglm.VOCABULARY)
+VOCABULARIES = ("tokenizer.json", *SENTENCEPIECE)
 NAMED = ("bos", "eos", "pad", "unk")
 
 
@@ -35,7 +36,8 @@ class Tokenizer:
 
     `stop_ids` end a generated answer; (eos_id,) unless given. `chat_template` is Jinja source and
     `template_name` says where it came from, for error messages. `sentencepiece` is the serialized
-    SentencePiece model where the tokenizer came from one, so that `save` can write it again.
+    SentencePiece model where the tokenizer came from one, so that `save` can write it again as
+    `sentencepiece_name`.
     """
 
     backend: tokenizers.Tokenizer
@@ -47,6 +49,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...] = ()
     template_name: str = "chat template"
     sentencepiece: bytes | None = None
+    sentencepiece_name: str = SENTENCEPIECE[0]
 
     def __post_init__(self):
         # Truncation and padding stored in a tokenizer.json would cut texts silently.
@@ -104,7 +107,7 @@ class Tokenizer:
         Tokens that hold parts of one character all have that character's span.
         """
         encoding = self._plain.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        return encoding.ids, spans(encoding.offsets)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text; TokenizerError when an id is outside the vocabulary or stands for no token."""
@@ -132,6 +135,20 @@ class Tokenizer:
         return self.backend.id_to_token(int(token_id)) if 0 <= token_id < self.vocab_size else None
 
 
+def spans(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The offsets of `tokenizers`, widened to the left where characters lie between two tokens.
+
+    It aligns what a normalizer writes for several characters with the last of them.
+    """
+    widened, last, start, end = [], None, 0, 0
+    for span in offsets:
+        if span != last:  # else both are parts of one thing
+            start = min(span[0], end)
+        last, end = span, max(end, span[1])
+        widened.append((start, span[1]))
+    return widened
+
+
 def read(directory: Path) -> Tokenizer:
     """See `Tokenizer.from_directory`."""
     if not directory.is_dir():
@@ -139,7 +156,9 @@ def read(directory: Path) -> Tokenizer:
     config = _read_json(directory / "tokenizer_config.json", default={})
     named = _read_json(directory / "special_tokens_map.json", default={})
     named = {**named, **{key: value for key, value in config.items() if value is not None}}
-    backend, proto = _read_backend(directory, config)
+    slow = _sentencepiece_file(directory)
+    backend, implied = _read_backend(directory, slow, config)
+    named = {**implied, **named}
     ids = {f"{name}_id": _special_id(backend, named, name, directory) for name in NAMED}
     template, name = _read_template(directory, config)
     return Tokenizer(
@@ -148,7 +167,7 @@ def read(directory: Path) -> Tokenizer:
         chat_template=template,
         template_name=name,
         stop_ids=_stop_ids(directory, ids["eos_id"]),
-        sentencepiece=proto,
+        **({} if slow is None else _original(slow)),
     )
 
 
@@ -156,11 +175,15 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     """See `Tokenizer.from_sentencepiece`."""
     if not path.is_file():
         raise TokenizerError(f"{path}: there is no such file")
+    backend, implied = _sentencepiece_backend(path)
+    if implied:
+        ids = {f"{name}_id": _special_id(backend, implied, name, path) for name in NAMED}
+        return Tokenizer(backend, **ids, **_original(path))
     proto = path.read_bytes()
-    model = spm.parse(proto, str(path))
-    ids = {f"{name}_id": getattr(model.trainer_spec, f"{name}_id") for name in NAMED}
+    spec = spm.parse(proto, str(path)).trainer_spec
+    ids = {f"{name}_id": getattr(spec, f"{name}_id") for name in NAMED}
     ids = {name: index if index >= 0 else None for name, index in ids.items()}
-    return Tokenizer(spm.backend(model), **ids, sentencepiece=proto)
+    return Tokenizer(backend, **ids, sentencepiece=proto)
 
 
 def write(tokenizer: Tokenizer, directory: Path) -> None:
@@ -178,7 +201,8 @@ def _put_in_place(folder: Path, directory: Path) -> None:
     """
     for name in (*VOCABULARIES, "chat_template.jinja"):
         (directory / name).unlink(missing_ok=True)
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name in VOCABULARIES, path.name)):
+    last = {name: index for index, name in enumerate(VOCABULARIES, start=1)}
+    for path in sorted(folder.iterdir(), key=lambda path: (last.get(path.name, 0), path.name)):
         os.replace(path, directory / path.name)
 
 
@@ -189,6 +213,7 @@ def _write_files(tokenizer: Tokenizer, directory: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **named,
+        **(chatglm.FIELDS if tokenizer.sentencepiece_name == chatglm.VOCABULARY else {}),
     }
     # Through Python, so that a full disk is an OSError.
     text = tokenizer.backend.to_str(pretty=True)
@@ -196,7 +221,7 @@ def _write_files(tokenizer: Tokenizer, directory: Path) -> None:
     _write_json(directory / "tokenizer_config.json", config)
     _write_json(directory / "special_tokens_map.json", named)
     if tokenizer.sentencepiece is not None:
-        (directory / "tokenizer.model").write_bytes(tokenizer.sentencepiece)
+        (directory / tokenizer.sentencepiece_name).write_bytes(tokenizer.sentencepiece)
     if tokenizer.chat_template is not None:
         (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     if tokenizer.stop_ids not in ((), (tokenizer.eos_id,)):
@@ -218,35 +243,58 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_backend(directory: Path, config: dict) -> tuple[tokenizers.Tokenizer, bytes | None]:
-    fast, slow = directory / "tokenizer.json", directory / "tokenizer.model"
-    proto = slow.read_bytes() if slow.exists() else None
+def _sentencepiece_file(directory: Path) -> Path | None:
+    """The directory's SentencePiece model; TokenizerError when there are two."""
+    found = [directory / name for name in SENTENCEPIECE if (directory / name).exists()]
+    if len(found) > 1:
+        raise TokenizerError(f"{directory} has {' and '.join(SENTENCEPIECE)}; expected one of them")
+    return found[0] if found else None
+
+
+def _original(path: Path) -> dict:
+    return {"sentencepiece": path.read_bytes(), "sentencepiece_name": path.name}
+
+
+def _sentencepiece_backend(path: Path) -> tuple[tokenizers.Tokenizer, dict]:
+    """The pipeline of a SentencePiece model, and the special tokens that the file's name implies."""
+    model = spm.parse(path.read_bytes(), str(path))
+    if path.name == chatglm.VOCABULARY:
+        return chatglm.backend(model, str(path)), chatglm.SPECIAL
+    return spm.backend(model), {}
+
+
+def _read_backend(
+    directory: Path, slow: Path | None, config: dict
+) -> tuple[tokenizers.Tokenizer, dict]:
+    fast = directory / "tokenizer.json"
     if fast.exists():
         _read_json(fast)  # tells a truncated file from one of an unknown form
         try:
-            return tokenizers.Tokenizer.from_file(str(fast)), proto
+            return tokenizers.Tokenizer.from_file(str(fast)), {}
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"{fast} is not a tokenizer of `tokenizers`: {error}") from error
-    if proto is None:
-        raise TokenizerError(f"{directory} has neither tokenizer.json nor tokenizer.model")
-    backend = spm.backend(spm.parse(proto, str(slow)))
+    if slow is None:
+        raise TokenizerError(f"{directory} has neither {' nor '.join(VOCABULARIES)}")
+    if slow.name == chatglm.VOCABULARY and (refused := chatglm.unsupported(config)) is not None:
+        raise TokenizerError(f"{directory / 'tokenizer_config.json'}: {refused}")
+    backend, implied = _sentencepiece_backend(slow)
     for index, token in sorted(config.get("added_tokens_decoder", {}).items(), key=_by_id):
-        _add_token(backend, int(index), token, directory)
+        _add_token(backend, int(index), token, slow)
     _add_post_processor(backend, config)
-    return backend, proto
+    return backend, implied
 
 
 def _by_id(entry: tuple[str, dict]) -> int:
     return int(entry[0])
 
 
-def _add_token(backend: tokenizers.Tokenizer, index: int, token: dict, directory: Path) -> None:
+def _add_token(backend: tokenizers.Tokenizer, index: int, token: dict, slow: Path) -> None:
     added = AddedToken(token["content"], normalized=False, special=token.get("special", False))
     (backend.add_special_tokens if added.special else backend.add_tokens)([added])
     if backend.token_to_id(token["content"]) != index:
         raise TokenizerError(
-            f"{directory / 'tokenizer_config.json'}: added token {token['content']!r} has id "
-            f"{index} there but {backend.token_to_id(token['content'])} in tokenizer.model's order"
+            f"{slow.with_name('tokenizer_config.json')}: added token {token['content']!r} has id "
+            f"{index} there but {backend.token_to_id(token['content'])} in {slow.name}'s order"
         )
 
 
