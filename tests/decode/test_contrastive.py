@@ -7,6 +7,12 @@ import pytest
 from tiny_decoder import make
 
 from research.decode import Contrastive, PromptError, Sampling, contrastive_search, generate
+from research.models import decoder
+from research.models.decoder import DecoderConfig
+from research.models.layers import GatedMlp
+from research.models.linear_attention import LinearAttention
+from research.models.sinks import StreamingAttention
+from research.models.stack import Stack
 
 V, PROMPTS = 11, [[1, 2, 3], [4], [0, 3, 3, 1, 2, 2, 4]]
 
@@ -60,6 +66,39 @@ def test_equals_a_slow_form(tiny, alpha):
         assert (found.tokens[row, length:] == 1).all()
     greedy = slow(states_of, log_probs, PROMPTS[0], Contrastive(1, 0.0, 9, (5,)))
     assert found.rows()[0] != [token for token, _ in greedy]  # the case can tell them apart
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [StreamingAttention(2, 1, 8, window=3, sinks=1), LinearAttention(2, 1, 8, chunk=4)],
+)
+def test_bounded_caches_go_with_the_chosen_candidate(attention):
+    block = decoder.Block(attention, GatedMlp(24))
+    config = DecoderConfig(V, 16, (Stack(2, (block,)),), 48, embed_scale=4.0)
+    model = decoder.Decoder(config)
+    params = jax.jit(decoder.init, static_argnums=0)(model, jax.random.key(4))
+    params = jax.tree.map(lambda x: 3 * x, params)
+
+    @jax.jit
+    def apply(tokens):
+        states = model.apply({"params": params}, tokens, method="hidden")
+        return states, jax.nn.log_softmax(
+            model.apply({"params": params}, states, method="project"), axis=-1
+        )
+
+    def padded(ids):
+        return jnp.zeros((1, 48), jnp.int32).at[0, : len(ids)].set(jnp.array(ids))
+
+    def states_of(ids):
+        return np.asarray(apply(padded(ids))[0][0, : len(ids)], np.float64)
+
+    def log_probs(rows):
+        return np.asarray(apply(padded(rows[0]))[1][:, : len(rows[0])], np.float64)
+
+    search = Contrastive(3, 0.6, max_tokens=8)
+    found = contrastive_search(model, params, PROMPTS, search)
+    for row, prompt in enumerate(PROMPTS):
+        assert found.rows()[row] == [t for t, _ in slow(states_of, log_probs, prompt, search)]
 
 
 @pytest.mark.parametrize("search", [Contrastive(4, 0.0, 9), Contrastive(1, 0.6, 9)])
