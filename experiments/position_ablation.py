@@ -9,7 +9,8 @@ are multiplied by sqrt(width) as in 2017, because sinusoids of amplitude 1 drown
 positions have no row beyond 128 and are tested there only.
 Run:    python -m experiments.position_ablation --sweep        (5 schemes x 2 seeds)
 Expect: ALiBi a little better at 512 than at 128, rotary a little worse, sinusoids much worse; without
-        positions a little behind at 128 and no worse further on.
+        positions a little behind at 128 and no worse further on; learned positions and sinusoids, which
+        stand in the embeddings, behind after so few steps.
 """
 
 from __future__ import annotations
