@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from research.train.lock import Lock
 from research.train.metrics import MetricsLog, Row
 from research.train.retention import Best
 from research.train.state import TrainState
+from research.train.stopping import Waiting
 from research.types import Mean, PyTree
 
 
@@ -35,12 +36,14 @@ class OtherRunError(ValueError):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: its state, the metrics of the last step, and the evaluation at this step."""
+    """How far a run is: its state, the metrics of the last step, the evaluation at this step, and
+    how long it has waited for a better one."""
 
     state: TrainState
     step: int = 0
     last_metrics: dict[str, Mean] = field(default_factory=dict)
     evaluation: dict[str, float] | None = None
+    waiting: Waiting = Waiting()
 
 
 class RunDirectory:
@@ -83,6 +86,7 @@ class RunDirectory:
                 for name, mean in progress.last_metrics.items()
             }
             meta = {"evaluation": progress.evaluation, "last_metrics": last}
+            meta["waiting"] = asdict(progress.waiting)
             self._saver.save(progress.step, progress.state, meta)
             self._saved_at = progress.step
 
@@ -184,7 +188,8 @@ def _progress(restored: checkpoint.Restored) -> Progress:
         name: Mean(jnp.float32(total), jnp.float32(count))
         for name, (total, count) in restored.meta["last_metrics"].items()
     }
-    return Progress(restored.tree, restored.step, last, restored.meta["evaluation"])
+    waiting = Waiting(**restored.meta.get("waiting", {}))
+    return Progress(restored.tree, restored.step, last, restored.meta["evaluation"], waiting)
 
 
 def _read(path: Path) -> dict[str, Any]:

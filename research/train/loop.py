@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 from research.runs.canonical import to_json
+from research.train.average import SWA
 from research.train.directory import Nowhere, Progress, RunDirectory, digests, shapes
 from research.train.finite import diagnose, wrong_values
 from research.train.interrupt import Interrupted, StopRequest
@@ -31,6 +32,7 @@ from research.train.retention import Best
 from research.train.sharding import shard_batch, sharding_of
 from research.train.state import TrainState, source_rng
 from research.train.step import Step, make_step
+from research.train.stopping import EarlyStopping
 from research.types import Objective, Params, PyTree, Source
 
 Evaluate = Callable[[Params], Mapping[str, float]]
@@ -47,6 +49,8 @@ class Training:
     keep         newest checkpoints that stay; keep_best adds the best by an evaluation metric, which
                  is then saved whenever an evaluation is the best so far
     ema_decay    keeps a moving average of the trained leaves, which is what gets evaluated
+    swa          keeps their mean over the last steps instead
+    early_stopping   ends the run before `steps` once evaluations get no better
     directory    None keeps everything in memory
     """
 
@@ -58,6 +62,8 @@ class Training:
     keep: int = 2
     keep_best: Best | None = None
     ema_decay: float | None = None
+    swa: SWA | None = None
+    early_stopping: EarlyStopping | None = None
     seed: int = 0
     directory: str | Path | None = None
 
@@ -68,11 +74,20 @@ class Training:
                 raise ValueError(f"Training.{name} must be at least 1, not {value}")
         if self.directory is None and (self.save_every or self.keep_best):
             raise ValueError("Training.save_every and keep_best need Training.directory")
+        if self.ema_decay is not None and self.swa is not None:
+            raise ValueError("Training.ema_decay and swa are two averages; give one")
+        if self.early_stopping is not None and self.eval_every is None:
+            raise ValueError("Training.early_stopping needs Training.eval_every")
+
+    @property
+    def averages(self) -> bool:
+        return self.ema_decay is not None or self.swa is not None
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """params: trained and frozen leaves together; ema: the same with averaged leaves, or None;
+    """params: trained and frozen leaves together; ema: the same with averaged leaves (`ema_decay`
+    or `swa`), or None;
     evaluation: the last one, empty when there was none."""
 
     params: Params
@@ -113,13 +128,17 @@ def fit(
     """
     if config.keep_best is not None and evaluate is None:
         raise ValueError("Training.keep_best needs an `evaluate`")
+    if config.early_stopping is not None and evaluate is None:
+        raise ValueError("Training.early_stopping needs an `evaluate`")
     trainable, frozen, context = place(params, context, rule, mesh, names, units)
     update = optimizer
     if isinstance(optimizer, Optimizer):
         update = make_optimizer(optimizer, trainable)
-    state = start(trainable, update, source, config.seed, config.ema_decay is not None, mesh)
+    state = start(trainable, update, source, config.seed, config.averages, mesh)
     homes = None if mesh is None else sharding_of(state.replace(source_state=None))
-    step = make_step(objective, update, config.accumulate, config.ema_decay, mesh, homes)
+    step = make_step(
+        objective, update, config.accumulate, config.ema_decay, mesh, homes, config.swa
+    )
     parts = _Parts(
         objective=objective,
         source=source,
@@ -162,7 +181,7 @@ def _train(parts: _Parts, state: TrainState) -> Fitted:
     evaluation = now.evaluation
     try:
         with StopRequest() as stop:
-            while now.step < config.steps:
+            while now.step < config.steps and not _stopped(config, now):
                 now = _one_step(parts, now)
                 now = _report(parts, now, meter, bar)
                 evaluation = now.evaluation or evaluation
@@ -192,7 +211,7 @@ def _one_step(parts: _Parts, now: Progress) -> Progress:
         raise diagnose(
             parts.objective, state, parts.frozen, parts.context, batch, accumulate, wrong
         )
-    return Progress(state, now.step + 1, metrics)
+    return Progress(state, now.step + 1, metrics, waiting=now.waiting)
 
 
 def _report(parts: _Parts, now: Progress, meter: Meter, bar: ProgressBar) -> Progress:
@@ -208,6 +227,9 @@ def _report(parts: _Parts, now: Progress, meter: Meter, bar: ProgressBar) -> Pro
     if parts.evaluate is not None and (last or _due(now.step, config.eval_every)):
         now = _evaluated(parts, now, meter, bar)
         save |= records.is_best(now.evaluation)
+        if not last and _stopped(config, now):
+            _stop_early(parts, now, bar)
+            save = True
     records.check()
     if save:
         records.save(now)
@@ -223,7 +245,19 @@ def _evaluated(parts: _Parts, now: Progress, meter: Meter, bar: ProgressBar) -> 
     shown = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.items())
     bar.say(f"step {now.step}  evaluation: {shown}")
     meter.pause(time.perf_counter() - started)
-    return replace(now, evaluation=evaluation)
+    stopping = parts.config.early_stopping
+    waiting = now.waiting if stopping is None else stopping.after(now.waiting, evaluation)
+    return replace(now, evaluation=evaluation, waiting=waiting)
+
+
+def _stopped(config: Training, now: Progress) -> bool:
+    return config.early_stopping is not None and config.early_stopping.stops(now.waiting)
+
+
+def _stop_early(parts: _Parts, now: Progress, bar: ProgressBar) -> None:
+    count = now.waiting.evaluations
+    parts.records.write({"step": now.step, "split": "stop", "evaluations_without_a_better": count})
+    bar.say(f"stopped early after step {now.step}: {count} evaluations without a better one")
 
 
 def _leave(parts: _Parts, now: Progress, bar: ProgressBar, signal: Signals) -> None:
@@ -253,8 +287,11 @@ def _identity(config: Training, optimizer, rule, trainable, frozen, identity) ->
     """What decides where the run goes. How often it logs or saves, and its length, do not: a
     schedule that depends on the length says so itself."""
     ours = isinstance(optimizer, Optimizer)
+    training = {name: getattr(config, name) for name in ("seed", "accumulate", "ema_decay")}
+    if config.swa is not None:
+        training["swa"] = to_json(config.swa)
     return {
-        "training": {name: getattr(config, name) for name in ("seed", "accumulate", "ema_decay")},
+        "training": training,
         "optimizer": to_json(optimizer) if ours else "an optax transformation",
         "rule": to_json(rule),
         "trainable": shapes(trainable),

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.paths import map_named, named_leaves
+from research.train.average import SWA
 from research.train.partition import combine
 from research.train.state import TrainState, micro_rng
 from research.types import Array, Batch, Mean, Objective, Params, PyTree
@@ -31,6 +32,7 @@ def make_step(
     ema_decay: float | None = None,
     mesh: Mesh | None = None,
     shardings: TrainState | None = None,
+    swa: SWA | None = None,
 ) -> Step:
     """`step(state, frozen, context, batch) -> (state, metrics)`, jitted; `state` is donated except
     for its source state, which passes by untouched. `frozen` and `context` are never donated.
@@ -46,6 +48,7 @@ def make_step(
 
     An optimizer that accepts extra arguments receives value, grad, step, rng, frozen, context,
     batch. `shardings` (of the state, source state left out) pins where results live on `mesh`.
+    The state's `ema` is moved by `ema_decay` or by `swa`.
     """
     update = optax.with_extra_args_support(optimizer).update
 
@@ -61,7 +64,7 @@ def make_step(
             step=state.step + 1,
             trainable=trainable,
             opt_state=opt_state,
-            ema=_moving_average(state.ema, trainable, ema_decay),
+            ema=_moving_average(state.ema, trainable, ema_decay, swa, state.step + 1),
         )
         ours = _step_metrics(loss, grads, updates, trainable, opt_state, batch)
         finite = jnp.isfinite(loss)
@@ -170,11 +173,20 @@ def _merge_metrics(objective: Metrics, ours: Metrics) -> Metrics:
     return {"loss": ours["objective"], **ours, **objective}
 
 
-def _moving_average(ema: Params | None, trainable: Params, decay: float | None) -> Params | None:
-    if decay is None:
+def _moving_average(
+    ema: Params | None, trainable: Params, decay: float | None, swa: SWA | None, step: Array
+) -> Params | None:
+    if decay is None and swa is None:
         return ema
     if ema is None:
-        raise ValueError("ema_decay is given but the state has no ema; start it with ema=True")
+        raise ValueError(
+            "ema_decay or swa is given but the state has no ema; start it with ema=True"
+        )
+    if swa is not None:
+        share = swa.share(step)
+        return jax.tree.map(
+            lambda mean, leaf: mean + share * (leaf.astype(jnp.float32) - mean), ema, trainable
+        )
     return jax.tree.map(
         lambda mean, leaf: decay * mean + (1.0 - decay) * leaf.astype(jnp.float32), ema, trainable
     )
