@@ -9,7 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from research.losses.lm import cross_entropy, fused_cross_entropy
+import jax.numpy as jnp
+
+from research.losses.lm import cross_entropy, fused_cross_entropy, token_log_probs
+from research.models.heads import Head
 from research.types import Array, Batch, Mean, Objective, Params
 
 # (params, context, rng) -> (value, {name: Mean}): EWC, L2 to the start, ...
@@ -42,6 +45,66 @@ def next_token(
         if fused:
             return fused_cross_entropy(project, head, hidden, targets, weights, chunk, **terms)
         return cross_entropy(project(head, hidden), targets, weights, **terms)
+
+    return objective
+
+
+def classify(model: Any, head: Head) -> Objective:
+    """Cross-entropy of one label an example, Σ weights · −log softmax(scores)[label] (nats).
+
+    The batch holds tokens [B, T], labels [B] int32, weights [B] float32 and optionally segment_ids
+    and positions; a row is one example. Metrics: loss, accuracy, examples, over the rows of
+    non-zero weight.
+    """
+
+    def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
+        scores = head_outputs(model, head, params, batch, rng)
+        return _of_examples(scores, batch["labels"], batch["weights"])
+
+    return objective
+
+
+def regress(model: Any, head: Head) -> Objective:
+    """Squared error, Σ weights · mean over outputs of (output − label)².
+
+    The batch is that of `classify`, its labels [B, C] float32. Metrics: loss, absolute_error,
+    examples, over the rows of non-zero weight.
+    """
+
+    def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
+        outputs, labels = head_outputs(model, head, params, batch, rng), batch["labels"]
+        if outputs.shape != labels.shape:
+            raise ValueError(f"labels are {labels.shape}, expected {outputs.shape}, as the outputs")
+        errors, counted = outputs - labels, (batch["weights"] != 0).astype(jnp.float32)
+        squares = jnp.square(errors).mean(axis=-1)
+        metrics = {
+            "loss": Mean.of(squares, counted),
+            "absolute_error": Mean.of(jnp.abs(errors).mean(axis=-1), counted),
+            "examples": Mean(counted.sum(), jnp.ones_like(counted.sum())),
+        }
+        return (squares * batch["weights"]).sum(), metrics
+
+    return objective
+
+
+def choose(model: Any, chunk: int | None = None) -> Objective:
+    """Cross-entropy of the right one of C continuations, softmax over their log-probabilities.
+
+    The batch holds tokens, targets, segment_ids and counted [B, C, T] (`counted` is 1 where a target
+    belongs to the continuation), labels [B] and weights [B]. Label words after a template are such
+    continuations (`evaluate.verbaliser`). Metrics: those of `classify`.
+    """
+    project = partial(project_with, model)
+
+    def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
+        B, C, T = batch["tokens"].shape
+        names = ("tokens", "targets", "segment_ids", "counted")
+        flat = {name: batch[name].reshape(B * C, T) for name in names}
+        hidden = states(model, params, flat, rng)
+        own = token_log_probs(
+            project, head_params(params), hidden, flat["targets"], flat["counted"], chunk
+        )
+        return _of_examples(own.sum(-1).reshape(B, C), batch["labels"], batch["weights"])
 
     return objective
 
@@ -79,6 +142,13 @@ def states(model: Any, params: Params, batch: Batch, rng: Array | None = None) -
     )
 
 
+def head_outputs(
+    model: Any, head: Head, params: Params, batch: Batch, rng: Array | None = None
+) -> Array:
+    """What a head that was added says of each row, [B, C]."""
+    return head(params, states(model, params, batch, rng), batch.get("segment_ids"))
+
+
 def head_params(params: Params) -> Params:
     """The subtree that `project` reads: `head`, or the embedding table it is tied to."""
     name = "head" if "head" in params else "embed"
@@ -92,3 +162,9 @@ def project_with(model: Any, head: Params, hidden: Array) -> Array:
     chunk of positions the same mask.
     """
     return model.apply({"params": head}, hidden, method="project")
+
+
+def _of_examples(scores: Array, labels: Array, weights: Array) -> tuple[Array, dict[str, Mean]]:
+    loss, metrics = cross_entropy(scores, labels, weights)
+    metrics["examples"] = metrics.pop("tokens")
+    return loss, metrics
