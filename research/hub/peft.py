@@ -228,6 +228,11 @@ def require_expressible(
             raise CheckpointError(f"{directory}: the family has no name for the matrix {path}")
         if isinstance(node.base, LoRA):
             raise CheckpointError(f"{directory}: {path} has a LoRA on a LoRA: merge one first")
+        if node.residual:
+            raise CheckpointError(
+                f"{directory}: {path} has a base that its LoRA's beginning changed (PiSSA, OLoRA): "
+                "save what `lora.on_original` makes of it"
+            )
     if "embed/table" in nodes and pretrained.model.config.head is None:
         raise CheckpointError(f"{directory}: {TIED}")
     if len({node.dropout for node in nodes.values()}) > 1:
@@ -236,7 +241,7 @@ def require_expressible(
 
 
 def require_one_scale(directory: Any, entries: dict[str, Entry], nodes: dict[str, LoRA]) -> None:
-    """PEFT's patterns name a module in all layers at once: rank and scale must agree there."""
+    """The patterns that are written name a module in all its layers: rank and scale must agree."""
     found: dict[str, tuple[str, tuple[int, float]]] = {}
     for path, node in nodes.items():
         here = (node.a.shape[-1], node.scale)

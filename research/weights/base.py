@@ -12,6 +12,7 @@ Weights nest: LoRA(base=NF4(...)) is QLoRA.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from research.paths import map_named, named_leaves, require_match
 from research.types import Array, Params
 
 
@@ -107,14 +109,56 @@ def take(w: Array | Weight, ids: Array, call: Call = EVALUATE) -> Array:
     return w.take(ids, call) if is_weight(w) else jnp.take(w, ids, axis=0)
 
 
+def dropped(x: Array, rate: float, call: Call) -> Array:
+    """Each entry 0 with probability `rate`, else divided by 1 - rate; x itself outside training."""
+    if call.dropout is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(call.dropout, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
 def dense(w: Array | Weight) -> Array:
     """The matrix as an array."""
     return w.dense() if is_weight(w) else w
 
 
+def change(params: Params, rule: str, of: Callable[[str, Any, int], Any]) -> Params:
+    """Params with `of(path, w, number)` for every array or Weight whose path `rule` matches whole.
+
+    `number` counts all of them in tree order, for `fold_in`. RuleError when none matches.
+    """
+    names = [name for name, _ in named_leaves(params, is_leaf=is_weight)]
+    numbers = {name: names.index(name) for name in require_match(rule, names)}
+
+    def apply(name: str, w: Any) -> Any:
+        return of(name, w, numbers[name]) if name in numbers else w
+
+    return map_named(apply, params, is_leaf=is_weight)
+
+
+def matrix_shape(method: str, name: str, w: Array | Weight) -> tuple[int, ...]:
+    """[..., in, out] of what stands at `name`; ValueError when it is not a matrix."""
+    shape = jax.eval_shape(dense, w).shape
+    if len(shape) < 2 or not name.endswith(("/kernel", "/table")):
+        raise ValueError(
+            f"{method} stands on matrices (.../kernel or .../table), not {name} {shape}"
+        )
+    return shape
+
+
 def merge(params: Params) -> Params:
-    """The same function with every Weight replaced by the dense matrix it denotes."""
-    return jax.tree.map(dense, params, is_leaf=is_weight)
+    """The same function with every Weight replaced by the dense matrix it denotes.
+
+    ValueError naming the path of one that does what no matrix can (a bias, a choice of adapters).
+    """
+
+    def matrix(name: str, w: Any) -> Array:
+        try:
+            return dense(w)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be merged: {error}") from error
+
+    return map_named(matrix, params, is_leaf=is_weight)
 
 
 def leaf_axes(params: Params, axes: Params) -> Params:
