@@ -13,30 +13,18 @@ Expect: not the paper's flat table: after 80 steps accuracy still rises with eve
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.shared import sarcasm
 from research import hub
-from research.data import corpora, packing, shuffle, source, supervised
 from research.hub.download import smollm2
-from research.objectives import next_token, states
 from research.runs import main, param, product, results
 from research.runs.canonical import to_json
-from research.train.loop import Training, fit
-from research.train.optim import AdamW
-from research.train.schedules import Cosine
-from research.types import Array, Params
-from research.weights import base, lora
+from research.weights import lora
 
-SPLIT_SEED = 0
-QUESTION = "\nSarcastic? Answer:"
-LABELS = (" no", " yes")
 TARGETS = {"Wq, Wv": r".*/attention/(q|v)/kernel", "Wq, Wk, Wv, Wo": r".*/attention/[qkvo]/kernel"}
 
 
@@ -57,61 +45,13 @@ class Config:
     seed: int = 0
 
 
-def tables(config: Config, tokenizer: Any) -> tuple[packing.Table, packing.Table, list[int]]:
-    """Packed training and test rows, loss on the label word only, and the two label ids."""
-    labels = [tokenizer.encode(label) for label in LABELS]
-    headlines = corpora.headlines()
-    order = shuffle.permutation(SPLIT_SEED, 0, len(headlines))
-
-    def packed(indices: np.ndarray) -> packing.Table:
-        examples = []
-        for headline in (headlines[i] for i in indices):
-            prompt, label = tokenizer.encode(headline.text + QUESTION), labels[headline.sarcastic]
-            mask = [0] * len(prompt) + [1] * len(label)
-            examples.append(supervised.shift([*prompt, *label], mask))
-        return packing.pack(examples, config.length)
-
-    split = order[: config.test], order[config.test : config.test + config.train]
-    return packed(split[1]), packed(split[0]), [label[0] for label in labels]
-
-
-@partial(jax.jit, static_argnums=0)
-def hits(model: Any, params: Params, batch: Any, labels: Array) -> tuple[Array, Array]:
-    """Correct answers and answers in a batch: the likelier of the two label words counts."""
-    hidden = states(model, params, batch)
-    words = base.take(params["embed"]["table"], labels)
-    said = labels[jnp.argmax(hidden @ words.T, axis=-1)]
-    asked = batch["weights"] != 0
-    return (asked & (said == batch["targets"])).sum(), asked.sum()
-
-
-def accuracy(
-    model: Any, params: Params, table: packing.Table, labels: list[int], rows: int
-) -> float:
-    found = [hits(model, params, b, jnp.array(labels)) for b in packing.batches(table, rows)]
-    correct, asked = np.sum(jax.device_get(found), axis=0)
-    return float(correct / asked)
-
-
 def run(config: Config, directory: Path) -> dict[str, float]:
     pretrained = hub.load(smollm2())
-    model = pretrained.model
-    train, test, labels = tables(config, pretrained.tokenizer)
+    data = sarcasm.read(pretrained.tokenizer, config.train, config.test, config.length)
     rng = jax.random.fold_in(jax.random.key(config.seed), 1)
     alpha = config.scale * config.rank
     params = lora.add(pretrained.params, config.targets, rng, config.rank, alpha)
-    fitted = fit(
-        next_token(model),
-        source.supervised_source(train, config.batch_size, config.seed),
-        params,
-        AdamW(Cosine(config.lr, config.steps, config.warmup_steps), weight_decay=0.0),
-        Training(config.steps, log_every=10, save_every=40, seed=config.seed, directory=directory),
-        rule=((lora.TRAINABLE, True), (r".*", False)),
-        identity=config,
-    )
-    trained = sum(leaf.size for leaf in jax.tree.leaves(fitted.state.trainable))
-    score = accuracy(model, fitted.params, test, labels, config.batch_size)
-    return {"accuracy": score, "trainable_parameters": trained}
+    return sarcasm.tune(pretrained.model, params, lora.TRAINABLE, data, config, directory)
 
 
 def cells(rows: list[results.Row]) -> dict[tuple[str, int], results.Statistic]:
