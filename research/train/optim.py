@@ -113,6 +113,19 @@ class SGD(Optimizer):
         return optax.trace(self.momentum) if self.momentum else optax.identity()
 
 
+@dataclass(frozen=True)
+class Finished:
+    """An optimizer, and what has the last word on its updates.
+
+    finish(trainable) gives an optax transformation. Its updates are those that would be added to
+    the parameters, rates and decay included; its extra arguments are those of the training step,
+    `grad` (before clipping) among them. Where a method's own config can be called so, it is one.
+    """
+
+    optimizer: Optimizer
+    finish: Callable[[Params], optax.GradientTransformation]
+
+
 class RateState(NamedTuple):
     """Where the training step reads the rate that was used."""
 
@@ -120,12 +133,16 @@ class RateState(NamedTuple):
     learning_rate: Array
 
 
-def optimizer(config: Optimizer, trainable: Params) -> optax.GradientTransformationExtraArgs:
+def optimizer(
+    config: Optimizer | Finished, trainable: Params
+) -> optax.GradientTransformationExtraArgs:
     """The optax transformation of `config` for a tree of trainable leaves (holes are `None`).
 
     Raises RuleError when a path rule matches nothing or a path is not covered, ValueError when a
     vector rate does not fit its leaf.
     """
+    if isinstance(config, Finished):
+        return optax.chain(optimizer(config.optimizer, trainable), config.finish(trainable))
     names = [name for name, _ in named_leaves(trainable)]
     rates = assign(config.rates, names)
     decays = _decays(config, names)
