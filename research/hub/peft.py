@@ -32,6 +32,7 @@ from research.models.families.checkpoint import Entry
 from research.paths import map_named, named_leaves
 from research.weights.base import dense, is_weight
 from research.weights.lora import LoRA
+from research.weights.transposed import Transposed
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -217,6 +218,7 @@ def require_expressible(
 ) -> None:
     if not nodes:
         raise CheckpointError(f"{directory}: the model has no LoRA to save")
+    refuse_others(directory, pretrained)
     known = matrices(pretrained)
     for path, node in nodes.items():
         if path in known and path not in entries:
@@ -238,6 +240,24 @@ def require_expressible(
     if len({node.dropout for node in nodes.values()}) > 1:
         raise CheckpointError(f"{directory}: dropout differs between matrices; PEFT has one")
     require_one_scale(directory, entries, nodes)
+
+
+def refuse_others(directory: Any, pretrained: Pretrained) -> None:
+    """What was added beside the LoRAs and would be lost: other Weights, and leaves of no checkpoint."""
+    config = pretrained.model.config
+    names = {entry.path for entry in families.find(pretrained.config).name_map(config)}
+    for path, leaf in named_leaves(pretrained.params, is_leaf=is_weight):
+        if is_weight(leaf) and not isinstance(leaf, LoRA | Transposed):
+            kind = type(leaf).__name__
+            raise CheckpointError(
+                f"{directory}: {path} holds a {kind}, which is not written beside LoRA: merge or "
+                "remove it first"
+            )
+        if path not in names:
+            raise CheckpointError(
+                f"{directory}: {path} is no part of the base model and is not written beside LoRA: "
+                "remove it first"
+            )
 
 
 def require_one_scale(directory: Any, entries: dict[str, Entry], nodes: dict[str, LoRA]) -> None:

@@ -13,10 +13,11 @@ from hub_reference import FIXTURES, ask, loss, needs_reference
 from safetensors.numpy import load_file, save_file
 
 from research import hub
+from research.adapters import bottleneck
 from research.hub import CheckpointError, peft
 from research.hub.peft_config import short_name
 from research.paths import named_leaves
-from research.weights import lora
+from research.weights import dora, lora
 from research.weights.base import is_weight, merge
 
 BASE = FIXTURES / "tiny_llama" / "gqa"
@@ -293,3 +294,18 @@ def test_factors_are_float32_whatever_the_model_is(copy):
     node = model.params["stack_0"]["block_0"]["attention"]["q"]["kernel"]
     assert (node.base.dtype, node.a.dtype, node.b.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
     assert node.scale == pytest.approx(8 / 4**0.5)
+
+
+def test_what_would_be_lost_beside_a_lora_is_refused(base, tmp_path, key):
+    one = adapted(base, key)
+    beside = dora.add(one.params, r".*/v/kernel", key, rank=2)
+    model, inserted = bottleneck.pfeiffer(base.model, one.params, key, size=2)
+    scored = {**one.params, "score": {"kernel": jnp.zeros((24, 2))}}
+    for changed, words in [
+        ({"params": beside}, "attention/v/kernel holds a DoRA"),
+        ({"model": model, "params": inserted}, "ffn/adapter/.* is no part of the base model"),
+        ({"params": scored}, "score/kernel is no part of the base model"),
+    ]:
+        with pytest.raises(CheckpointError, match=words):
+            hub.save_adapter(tmp_path / "out", dataclasses.replace(one, **changed))
+    assert not (tmp_path / "out").exists()
