@@ -1,6 +1,7 @@
 """AdaLoRA against peft's numbers and its own algebra; the allocation is in test_adalora_allocate."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ QUERY = r".*/attention/q/kernel"
 TOKENS = jnp.arange(20, dtype=jnp.int32).reshape(2, 10)
 
 
+@partial(jax.jit, static_argnames="model")
 def logits(params, model=MODEL, **more):
     return model.apply({"params": params}, TOKENS, **more)
 
