@@ -29,7 +29,7 @@ from experiments.shared.cells import cells, markdown
 from experiments.shared.decoding import decoding_speed
 from experiments.shared.small_lm import Recipe
 from research.models import decoder
-from research.models.attention import Attention
+from research.models.attention import Attention, even_head_size
 from research.models.decoder import Decoder, DecoderConfig
 from research.models.families.llama import llama
 from research.models.linear_attention import LinearAttention
@@ -53,7 +53,7 @@ class Sizes:
 
     @property
     def head(self) -> tuple[int, int]:
-        return self.heads, self.width // self.heads
+        return self.heads, even_head_size(self.width, self.heads)
 
 
 def multi_head(sizes: Sizes) -> Attentions:

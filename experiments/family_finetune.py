@@ -37,6 +37,7 @@ from research.decode.sampling import Sampling
 from research.evaluate import nll
 from research.evaluate.nll import Likelihood
 from research.models import decoder
+from research.models.attention import even_head_size
 from research.models.decoder import Decoder, DecoderConfig
 from research.models.families.baichuan import baichuan
 from research.models.families.glm import glm
@@ -56,7 +57,7 @@ TIMES = ("before", "after")
 
 def chatglm2(config: Config) -> DecoderConfig:
     """Two key/value heads; the feed-forward takes up what Baichuan's attention has more."""
-    head_size, kv_heads = config.width // config.heads, min(2, config.heads)
+    head_size, kv_heads = even_head_size(config.width, config.heads), min(2, config.heads)
     keys = kv_heads * head_size
     saved = 2 * config.width * (config.width - keys) - (config.width + 2 * keys)  # biases are more
     ffn = config.ffn + round(saved / (3 * config.width))

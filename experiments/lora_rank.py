@@ -19,13 +19,14 @@ import jax
 from matplotlib.figure import Figure
 
 from experiments.shared import sarcasm
+from experiments.shared.cells import cells
 from research import hub
 from research.hub.download import smollm2
 from research.runs import main, param, product, results
-from research.runs.canonical import to_json
 from research.weights import lora
 
 TARGETS = {"Wq, Wv": r".*/attention/(q|v)/kernel", "Wq, Wk, Wv, Wo": r".*/attention/[qkvo]/kernel"}
+RANKS = {str(rank): rank for rank in (1, 2, 8, 64)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,29 +55,15 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     return sarcasm.tune(pretrained.model, params, lora.TRAINABLE, data, config, directory)
 
 
-def cells(rows: list[results.Row]) -> dict[tuple[str, int], results.Statistic]:
-    """Accuracy by (targets, rank), over seeds; of the sweep's runs, not of others beside them."""
-    names = {rule: name for name, rule in TARGETS.items()}
-    varied = {"targets", "rank", "seed"}
-
-    def fixed(config: dict) -> dict:
-        return {name: value for name, value in config.items() if name not in varied}
-
-    swept = [
-        row
-        for row in rows
-        if fixed(row["config"]) == fixed(to_json(BASE)) and row["config"]["targets"] in names
-    ]
-    configs = [(group.rows[0]["config"], group) for group in results.groups(swept)]
-    return {
-        (names[config["targets"]], config["rank"]): group.statistic("accuracy")
-        for config, group in configs
-    }
+def accuracies(rows: list[results.Row]) -> dict[tuple[str, int], results.Statistic]:
+    """Accuracy by (choice of matrices, rank), over seeds."""
+    found = cells(rows, BASE, targets=TARGETS, rank=RANKS)
+    return {(name, int(rank)): g.statistic("accuracy") for (name, rank), g in found.items()}
 
 
 def table(rows: list[results.Row]) -> str:
     """The form of the paper's Table 6: a line for each choice of matrices, a column for each rank."""
-    found = cells(rows)
+    found = accuracies(rows)
     ranks = sorted({rank for _, rank in found})
     lines = ["| weights | " + " | ".join(f"r = {rank}" for rank in ranks) + " |"]
     lines.append("| --- " * (len(ranks) + 1) + "|")
@@ -89,7 +76,7 @@ def table(rows: list[results.Row]) -> str:
 
 
 def figure(rows: list[results.Row]) -> Figure:
-    found = cells(rows)
+    found = accuracies(rows)
     drawing = Figure(figsize=(6, 3.6), layout="constrained")
     axes = drawing.subplots()
     for name in TARGETS:
@@ -106,7 +93,7 @@ def figure(rows: list[results.Row]) -> Figure:
 
 BASE = Config()
 SWEEP = product(
-    param("targets", *TARGETS.values()), param("seed", 0, 1), param("rank", 1, 2, 8, 64)
+    param("targets", *TARGETS.values()), param("seed", 0, 1), param("rank", *RANKS.values())
 )
 SMOKE = {
     "steps": 2,

@@ -29,7 +29,7 @@ from experiments.shared.cells import cells, markdown
 from experiments.shared.small_lm import Data, Recipe
 from research.data.source import pretraining_batch
 from research.models import decoder
-from research.models.attention import Attention
+from research.models.attention import Attention, even_head_size
 from research.models.block import Block, deep_norm, deep_norm_init, post_norm, pre_norm
 from research.models.decoder import Decoder, DecoderConfig
 from research.models.init import Xavier
@@ -78,7 +78,8 @@ class Config:
 
 def model_of(config: Config) -> DecoderConfig:
     residual, rules = config.form.parts(config.layers)
-    attention = Attention(config.heads, config.heads, config.width // config.heads)
+    size = even_head_size(config.width, config.heads)
+    attention = Attention(config.heads, config.heads, size)
     block = Block(attention, Mlp(4 * config.width), LayerNorm(), residual)
     return DecoderConfig(
         vocab_size=config.recipe.vocab_size,

@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.shared import small_lm
 from research import hub
-from research.data import corpora, packing, source
+from research.data import packing, source
 from research.decode.generate import generate
 from research.decode.sampling import Sampling
 from research.evaluate import nll
@@ -29,12 +30,10 @@ from research.models.families import llama
 from research.objectives import next_token
 from research.runs import main, param
 from research.tokenize.tokenizer import Tokenizer
-from research.tokenize.train import train_bpe
 from research.train.loop import Training, fit
 from research.train.optim import AdamW
 from research.train.schedules import Cosine
 
-END = "<|endoftext|>"
 PROMPTS = ("ROMEO:\n", "To be, or not to be", "Shall I compare thee")
 
 
@@ -63,28 +62,14 @@ class Config:
     seed: int = 0
 
 
-def split(config: Config) -> tuple[list[str], list[str]]:
-    """Beginnings and ends of the texts: what is trained on, and what is held out."""
-    texts = list(corpora.shakespeare().values())[: config.texts]
-    cuts = [round(len(text) * (1 - config.held_out)) for text in texts]
-    pairs = list(zip(texts, cuts, strict=True))
-    return [text[:cut] for text, cut in pairs], [text[cut:] for text, cut in pairs]
-
-
 def tokenizer_of(config: Config, texts: list[str], directory: Path) -> Tokenizer:
     """The run's tokenizer: trained at first, read from the run's directory after that."""
     place, unfinished = directory / "tokenizer", directory / "tokenizer.partial"
     if not place.exists():
         shutil.rmtree(unfinished, ignore_errors=True)
-        trained = train_bpe(texts, config.vocab_size, (END,), bos=END, eos=END, pad=END)
-        trained.save(unfinished)
+        small_lm.bpe(texts, config.vocab_size).save(unfinished)
         unfinished.rename(place)
     return Tokenizer.from_directory(place)
-
-
-def stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts as one stream of tokens, each followed by its end."""
-    return np.concatenate([[*tokenizer.encode(text), tokenizer.eos_id] for text in texts])
 
 
 def model_of(config: Config) -> decoder.Decoder:
@@ -117,9 +102,10 @@ def likelihood(config: Config, model: Any, params: Any, held_out: Any) -> dict[s
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    train, test = split(config)
+    train, test = small_lm.split(small_lm.shakespeare()[: config.texts], config.held_out)
     tokenizer = tokenizer_of(config, train, directory)
-    tokens, held_out = stream(tokenizer, train), (stream(tokenizer, test), tokenizer)
+    tokens = small_lm.stream(tokenizer, train)
+    held_out = small_lm.stream(tokenizer, test), tokenizer
     model = model_of(config)
     params = decoder.init(model, jax.random.key(config.seed))
     size = decoder.count_parameters(model)

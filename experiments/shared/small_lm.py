@@ -136,15 +136,30 @@ def data(recipe: Recipe) -> Data:
     return Data(Tokenizer.from_directory(place), *streams)
 
 
-def _prepare(texts: Sequence[str], recipe: Recipe, place: Path) -> None:
-    cuts = [round(len(text) * (1 - recipe.held_out)) for text in texts]
+def split(texts: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
+    """Beginnings and ends of the texts: what is trained on, and the share that is held out."""
+    cuts = [round(len(text) * (1 - held_out)) for text in texts]
     pairs = list(zip(texts, cuts, strict=True))
-    train, held_out = [text[:cut] for text, cut in pairs], [text[cut:] for text, cut in pairs]
-    tokenizer = train_bpe(train, recipe.vocab_size, (END,), bos=END, eos=END, pad=END)
+    return [text[:cut] for text, cut in pairs], [text[cut:] for text, cut in pairs]
+
+
+def bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of the texts whose one control token is END."""
+    return train_bpe(texts, vocab_size, (END,), bos=END, eos=END, pad=END)
+
+
+def stream(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """All texts as one stream of int32 tokens, each followed by its end."""
+    rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    return np.concatenate(rows).astype(np.int32)
+
+
+def _prepare(texts: Sequence[str], recipe: Recipe, place: Path) -> None:
+    train, held_out = split(texts, recipe.held_out)
+    tokenizer = bpe(train, recipe.vocab_size)
     tokenizer.save(place)
     for name, part in (("train", train), ("held_out", held_out)):
-        rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in part]
-        np.save(place / f"{name}.npy", np.concatenate(rows).astype(np.int32))
+        np.save(place / f"{name}.npy", stream(tokenizer, part))
 
 
 def train(
