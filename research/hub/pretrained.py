@@ -22,7 +22,8 @@ from research.hub.replace import left_behind, replacing
 from research.models import families
 from research.models.decoder import Decoder, axes, head_size, init
 from research.models.families.checkpoint import ConfigError
-from research.tokenize.tokenizer import VOCABULARIES, Tokenizer
+from research.tokenize.tokenizer import Tokenizer
+from research.tokenize.tokenizer_files import VOCABULARIES
 from research.train.sharding import shardings
 from research.types import Array, Params
 
