@@ -11,8 +11,8 @@ Differences and choices:
    x W + (m/|V| - 1) * (x' W) + m/|V| * scale x' A B. It costs a second product with the base.
 5. A column of zeros has length 1 where it divides, so it stays zero and has a gradient.
 
-|V| is computed anew in every call, from the dense matrix: decode with merged parameters.
-m = |V| is LoRA.
+|V| is computed anew in every call, from W and the factors without forming V; it reads W once more,
+so decode with merged parameters. m = |V| is LoRA.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class DoRA(Weight):
 
     def dense(self) -> Array:
         dtype = jax.eval_shape(dense, self.base).dtype
-        return (self._sum() * self._factor()[..., None, :]).astype(dtype)
+        v = dense(self.base).astype(jnp.float32) + self.scale * jnp.matmul(self.a, self.b)
+        return (v * self._factor()[..., None, :]).astype(dtype)
 
     def matmul(self, x: Array, call: Call) -> Array:
         factor, seen = self._factor().astype(x.dtype), dropped(x, self.dropout, call)
@@ -81,19 +82,22 @@ class DoRA(Weight):
         a, b = (*names[:-1], "rank"), (*names[:-2], "rank", names[-1])
         return self.replace(base=base, a=a, b=b, magnitude=(*names[:-2], names[-1]))
 
-    def _sum(self) -> Array:
-        """V [..., in, out] in float32."""
-        return dense(self.base).astype(jnp.float32) + self.scale * jnp.matmul(self.a, self.b)
-
     def _factor(self) -> Array:
         """m / |V|, [..., out]."""
-        return self.magnitude / lengths(jax.lax.stop_gradient(self)._sum())
+        v = jax.lax.stop_gradient(self)
+        return self.magnitude / lengths(dense(v.base), v.a, v.b, v.scale)
 
 
-def lengths(v: Array) -> Array:
-    """[..., in, out] -> the Euclidean norms of the columns [..., out], 1 for a column of zeros."""
-    norms = jnp.linalg.norm(v, axis=-2)
-    return jnp.where(norms == 0, 1, norms)
+def lengths(w: Array, a: Array, b: Array, scale: float) -> Array:
+    """The norms of the columns of w + scale a b, [..., out] float32; 1 for a column of zeros.
+
+    w [..., in, out], a [..., in, R], b [..., R, out]:
+    |V_j|² = |W_j|² + 2 scale (Aᵀ W)_j · B_j + scale² (Aᵀ A B)_j · B_j.
+    """
+    w, thin = w.astype(jnp.float32), jnp.swapaxes(a, -1, -2)
+    moved = 2 * scale * (thin @ w) + scale**2 * (thin @ a @ b)
+    squares = jnp.square(w).sum(axis=-2) + (moved * b).sum(axis=-2)
+    return jnp.sqrt(jnp.where(squares <= 0, 1, squares))
 
 
 def add(
