@@ -73,6 +73,12 @@ def add(params: Params, head: Head, width: int, rng: Array) -> Params:
     return {**params, "score": score}
 
 
+def axes(head: Head) -> Params:
+    """Logical axis names of what `add` puts there, to stand beside those of `decoder.axes`."""
+    score = {"kernel": ("embed", None)}
+    return {"score": score | ({"bias": (None,)} if head.bias else {})}
+
+
 def remove(params: Params) -> Params:
     """The decoder's own parameters."""
     return {name: value for name, value in params.items() if name != "score"}

@@ -3,18 +3,21 @@
 The fixture is what scripts/references/classification.py writes (transformers 5.23.0, float32).
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
 from research import hub
-from research.models import heads
+from research.models import decoder, heads
 from research.models.heads import Head
 from research.objectives import classify, regress
+from research.train.sharding import make_mesh, shardings
 
 FOLDER = Path(__file__).parent / "fixtures" / "classification"
 EXPECTED = load_file(FOLDER / "expected.safetensors")
@@ -101,3 +104,20 @@ def test_refusals(key, pretrained):
     batch = {"tokens": jnp.ones((2, 3), jnp.int32), "labels": jnp.ones(2), "weights": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"labels are \(2,\), expected \(2, 3\)"):
         regress(pretrained.model, Head(3))(params, None, batch, None)
+
+
+def test_a_model_with_a_head_is_split_over_a_mesh(key, pretrained):
+    head = Head(2, bias=True)
+    model = pretrained.model
+    params = heads.add(pretrained.params, head, model.config.width, key)
+    names = decoder.axes(model) | heads.axes(head)
+    placed, _ = shardings(names, params, make_mesh(fsdp=2, tensor=2))
+    assert placed["score"]["kernel"].spec == PartitionSpec("fsdp", None)
+    assert placed["score"]["bias"].spec == PartitionSpec(None)
+
+
+def test_a_head_is_not_lost_in_a_saved_model(key, pretrained, tmp_path):
+    params = heads.add(pretrained.params, Head(2), pretrained.model.config.width, key)
+    with pytest.raises(ValueError, match="score/kernel"):
+        hub.save(tmp_path / "saved", dataclasses.replace(pretrained, params=params))
+    assert not (tmp_path / "saved").exists()
