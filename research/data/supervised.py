@@ -55,6 +55,21 @@ def shift(ids: Sequence[int], mask: Sequence[float]) -> Example:
     return Example(ids, targets, weights)
 
 
+def prepend(example: Example, ids: Sequence[int]) -> Example:
+    """The example after the virtual `ids` [P] of a learned prompt (`weights.prompt.ids`): [P + T].
+
+    They weigh nothing, and their targets are the first token, as a virtual id can be none. The prompt
+    counts against a model's context, so `examples` are to be made with a max_length of P less.
+    """
+    if not len(example.tokens):
+        raise ValueError("an empty example cannot follow a prompt")
+    return Example(
+        np.concatenate([np.asarray(ids, np.int32), example.tokens]),
+        np.concatenate([np.repeat(example.tokens[:1], len(ids)), example.targets]),
+        np.concatenate([np.zeros(len(ids), np.float32), example.weights]),
+    )
+
+
 def examples(
     conversations: Iterable[tuple[str, list[dict[str, Any]]]],
     encode: Encode,

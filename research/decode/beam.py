@@ -28,7 +28,7 @@ from flax import struct
 from jax import lax
 
 from research.decode.generate import for_decoding, in_layers, past, prefill
-from research.decode.prompts import bucket, check_prompts, left_padded
+from research.decode.prompts import bucket, check_prompts, left_padded, readable
 from research.decode.sampling import Filters, processed
 from research.models.attention import Cache
 from research.models.decoder import Decoder
@@ -151,7 +151,7 @@ def beam_search(
     """
     config = model.config
     missing = config.position.missing
-    check_prompts(prompts, config.vocab_size, config.max_length, search.max_tokens, missing)
+    check_prompts(prompts, readable(params), config.max_length, search.max_tokens, missing)
     search.check(config.vocab_size)
     width = bucket(max(len(prompt) for prompt in prompts))
     tokens, segments = left_padded(prompts, width, pad_id)

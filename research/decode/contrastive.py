@@ -22,7 +22,7 @@ from jax import lax
 
 from research.decode.beam import pick, reorder
 from research.decode.generate import Generation, finished, for_decoding, in_layers
-from research.decode.prompts import bucket, check_prompts, left_padded
+from research.decode.prompts import bucket, check_prompts, left_padded, readable
 from research.models.attention import Cache
 from research.models.decoder import Decoder, empty_cache
 from research.types import Array, Params
@@ -76,7 +76,7 @@ def contrastive_search(
     """
     config = model.config
     missing = config.position.missing
-    check_prompts(prompts, config.vocab_size, config.max_length, search.max_tokens, missing)
+    check_prompts(prompts, readable(params), config.max_length, search.max_tokens, missing)
     if search.top_k > config.vocab_size:
         raise ValueError(
             f"contrastive: top_k is {search.top_k}, the vocabulary has {config.vocab_size} tokens"

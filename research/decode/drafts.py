@@ -77,8 +77,10 @@ class Lookup:
         key: Array,
     ) -> tuple[Proposal, None]:
         tokens, found = matched(text, self.ngram, self.count)
-        q = jnp.where(found, jax.nn.one_hot(tokens, vocab_size), 0)
-        return Proposal(tokens, q, jnp.broadcast_to(found, self.count)), None
+        # A learned prompt's ids, V and more, may have stood there, but are never said.
+        valid = found & (jnp.cumsum(tokens >= vocab_size) == 0)
+        q = jnp.where(valid[:, None], jax.nn.one_hot(tokens, vocab_size), 0)
+        return Proposal(tokens, q, valid), None
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,13 @@ class Past:
 
 
 def mark(tokens: Array, chosen: Array, vocab_size: int) -> Array:
-    """[B, V] bool: which ids are among the `chosen` [B, S] of `tokens` [B, S]."""
+    """[B, V] bool: which ids are among the `chosen` [B, S] of `tokens` [B, S].
+
+    Ids of no logit, V and more, are those of a learned prompt and count for nothing.
+    """
     rows = jnp.arange(tokens.shape[0])[:, None]
-    return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, tokens].max(chosen)
+    seen = jnp.zeros((tokens.shape[0], vocab_size), bool)
+    return seen.at[rows, tokens].max(chosen, mode="drop")
 
 
 def penalise_repetition(logits: Array, seen: Array, penalty: float | Array) -> Array:
@@ -167,6 +171,7 @@ def repeated(tokens: Array, real: Array, end: Array, n: int, vocab_size: int) ->
     if n > S:
         return jnp.zeros(vocab_size, bool)
     ending = lax.dynamic_slice_in_dim(tokens, end - (n - 1), n - 1)
+    ending = jnp.where(ending < vocab_size, ending, -1)  # a learned prompt's ids repeat nothing
     # Window j is tokens[j : j + n]. Where one is real, so are the row's last n - 1 tokens.
     match = real[: S - n + 1] & real[n - 1 :]
     for i in range(n - 1):

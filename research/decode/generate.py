@@ -20,7 +20,7 @@ from jax import lax
 
 from research.decode.answers import Trie
 from research.decode.filters import Past
-from research.decode.prompts import bucket, check_prompts, left_padded
+from research.decode.prompts import bucket, check_prompts, left_padded, readable
 from research.decode.sampling import Filters, Sampling, choose, log_prob
 from research.models.attention import Cache
 from research.models.decoder import Decoder, empty_cache, unstack
@@ -91,7 +91,7 @@ def generate(
     """
     config = model.config
     context, missing = config.max_length, config.position.missing
-    check_prompts(prompts, config.vocab_size, context, sampling.max_tokens, missing)
+    check_prompts(prompts, readable(params), context, sampling.max_tokens, missing)
     sampling.check_ids(config.vocab_size)
     if among is not None:
         among.check(config.vocab_size, sampling.max_tokens)

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from research.types import Params
+from research.weights.base import row_count
+
 
 class PromptError(ValueError):
     """A prompt is empty, holds an id outside the vocabulary, or does not fit the context."""
@@ -34,16 +37,23 @@ def left_padded(
     return tokens, segments
 
 
+def readable(params: Params) -> int:
+    """How many ids a model's embedding has rows for: the vocabulary's, and then those of a prompt
+    that was learned (`weights.prompt`)."""
+    return row_count(params["embed"]["table"])
+
+
 def check_prompts(
     prompts: Sequence[Sequence[int]],
-    vocab_size: int,
+    ids: int,
     context: int,
     max_tokens: int,
     missing: Callable[[Sequence[int]], str | None] = lambda prompt: None,
 ) -> None:
     """PromptError naming the first prompt that cannot be continued by `max_tokens` tokens.
 
-    missing: what a position scheme says that a prompt lacks, see `NoPosition.missing`.
+    ids: how many there are, see `readable`. missing: what a position scheme says that a prompt
+    lacks, see `NoPosition.missing`.
     """
     if not len(prompts):
         raise PromptError("no prompts: expected a list of lists of token ids")
@@ -51,9 +61,9 @@ def check_prompts(
         if not len(prompt):
             raise PromptError(f"prompt {row} is empty: it needs at least one token")
         low, high = min(prompt), max(prompt)
-        if low < 0 or high >= vocab_size:
+        if low < 0 or high >= ids:
             outside = low if low < 0 else high
-            raise PromptError(f"prompt {row} holds token id {outside}; ids are 0..{vocab_size - 1}")
+            raise PromptError(f"prompt {row} holds token id {outside}; ids are 0..{ids - 1}")
         if len(prompt) + max_tokens > context:
             raise PromptError(
                 f"prompt {row} has {len(prompt)} tokens and max_tokens is {max_tokens}: "

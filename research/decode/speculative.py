@@ -24,7 +24,7 @@ from jax import lax
 
 from research.decode.drafts import DraftModel, Lookup, Proposal, Text, distribution, draw, rollback
 from research.decode.generate import Generation, for_decoding, in_layers, prefill
-from research.decode.prompts import PromptError, bucket, check_prompts, left_padded
+from research.decode.prompts import PromptError, bucket, check_prompts, left_padded, readable
 from research.decode.sampling import Filters, Sampling
 from research.models.attention import Cache
 from research.models.decoder import Decoder
@@ -83,11 +83,12 @@ def speculate(
     """
     config = model.config
     limits = config.max_length, sampling.max_tokens
-    check_prompts([prompt], config.vocab_size, *limits, config.position.missing)
+    check_prompts([prompt], readable(params), *limits, config.position.missing)
     sampling.check_ids(config.vocab_size)
     check_draft(draft, draft_params, config.vocab_size, len(prompt) + sampling.max_tokens)
     if isinstance(draft, DraftModel):
-        check_prompts([prompt], config.vocab_size, *limits, draft.model.config.position.missing)
+        missing = draft.model.config.position.missing
+        check_prompts([prompt], readable(draft_params), *limits, missing)
     if len(prompt) + sampling.max_tokens + draft.count > config.max_length:
         raise PromptError(
             f"the prompt has {len(prompt)} tokens, max_tokens is {sampling.max_tokens} and the "

@@ -22,7 +22,7 @@ from flax import struct
 from jax import lax
 
 from research.decode.generate import for_decoding, in_layers, prefill, row_keys
-from research.decode.prompts import bucket, check_prompts, left_padded
+from research.decode.prompts import bucket, check_prompts, left_padded, readable
 from research.decode.sampling import Filters, Sampling, choose
 from research.models.attention import Cache
 from research.models.decoder import Decoder, DecoderConfig
@@ -57,7 +57,7 @@ def stream(
     """
     require_endless(model.config, sampling)
     context, missing = model.config.max_length, model.config.position.missing
-    check_prompts(prompts, model.config.vocab_size, context, 0, missing)
+    check_prompts(prompts, readable(params), context, 0, missing)
     sampling.check_ids(model.config.vocab_size)
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")

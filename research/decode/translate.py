@@ -17,7 +17,7 @@ import numpy as np
 
 from research.decode.beam import BeamResult, Beams, Rules, State, advance, result, rules_of, start
 from research.decode.generate import for_decoding
-from research.decode.prompts import bucket, check_prompts
+from research.decode.prompts import bucket, check_prompts, readable
 from research.models import seq2seq
 from research.types import Array, Params
 
@@ -46,7 +46,7 @@ def translate(
     source is empty, outside the vocabulary, or longer than max_length.
     """
     config = model.config
-    check_prompts(sources, config.vocab_size, config.max_length, 0)
+    check_prompts(sources, readable(params), config.max_length, 0)
     check_prompts([[bos_id]], config.vocab_size, config.max_length, search.max_tokens)
     search.check(config.vocab_size)
     tokens, segments = right_padded(sources, bucket(max(map(len, sources))), pad_id)

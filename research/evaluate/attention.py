@@ -29,6 +29,7 @@ from research.kernels.mask import Mask
 from research.models.decoder import Decoder, DecoderConfig, init
 from research.models.stack import Stack
 from research.types import Array, Params
+from research.weights.base import row_count
 
 
 def capture(model: Decoder, params: Params, tokens: Array) -> tuple[Array, Array]:
@@ -36,17 +37,17 @@ def capture(model: Decoder, params: Params, tokens: Array) -> tuple[Array, Array
 
     weights[l, n, i, j] is what head n of layer l gives to token j when token i looks; layers in the
     order in which they run. Any family, stacked or unstacked parameters. ValueError for tokens of
-    another shape, for ids outside the vocabulary, where layers differ in their number of heads, and
+    another shape, for ids that the embedding has no row for, where layers differ in their number of heads, and
     for a layer that looks without the config's `attend` (LinearAttention; StreamingAttention with
     sinks).
     """
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 1 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be ids [T], T > 0; got {tokens.dtype} {tokens.shape}")
-    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+    ids = row_count(params["embed"]["table"])
+    if tokens.min() < 0 or tokens.max() >= ids:
         raise ValueError(
-            f"tokens must be in 0..{model.config.vocab_size - 1}; "
-            f"they go from {tokens.min()} to {tokens.max()}"
+            f"tokens must be in 0..{ids - 1}; they go from {tokens.min()} to {tokens.max()}"
         )
     heads = [b.attention.heads for stack in model.config.stacks for b in stack.pattern]
     if len(set(heads)) > 1:

@@ -55,6 +55,11 @@ class Weight(nn.meta.AxisMetadata):
         """Rows `ids` of the matrix: [...] -> [..., out], for an embedding table."""
         return jnp.take(self.dense(), ids, axis=0)
 
+    def row_count(self) -> int:
+        """How many rows `take` can read: those of the matrix, or of the Weight it stands on."""
+        base = getattr(self, "base", None)
+        return row_count(base) if base is not None else jax.eval_shape(dense, self).shape[-2]
+
     def axes(self, names: tuple) -> Weight:
         """The same node with every array leaf replaced by its tuple of logical axis names."""
         raise NotImplementedError(f"{type(self).__name__} must name the axes of its leaves")
@@ -107,6 +112,11 @@ def matmul_transposed(x: Array, w: Array | Weight, call: Call = EVALUATE) -> Arr
 def take(w: Array | Weight, ids: Array, call: Call = EVALUATE) -> Array:
     """Rows `ids` of w [in, out]: [...] -> [..., out]."""
     return w.take(ids, call) if is_weight(w) else jnp.take(w, ids, axis=0)
+
+
+def row_count(w: Array | Weight) -> int:
+    """How many rows of w [..., in, out] there are to take."""
+    return w.row_count() if is_weight(w) else w.shape[-2]
 
 
 def dropped(x: Array, rate: float, call: Call) -> Array:
