@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from research import hub
 from research.adapters import bottleneck
-from research.hub import CheckpointError, peft
-from research.hub.peft_config import short_name
+from research.hub import CheckpointError, peft_lora, peft_modules
+from research.hub.peft_modules import short_name
 from research.paths import named_leaves
 from research.weights import dora, lora
 from research.weights.base import is_weight, merge
@@ -58,14 +58,13 @@ def gradients(model, grads):
     """{PEFT's name of a factor: its gradient}."""
     found = {}
     nodes = dict(named_leaves(grads, is_leaf=is_weight))
-    for path, entry in peft.adaptable(model).items():
-        if not isinstance(nodes[path], lora.LoRA):
-            continue
-        a, b = np.asarray(nodes[path].a), np.asarray(nodes[path].b)
-        for layer in peft.layers_of(entry, a.shape):
-            pair = (a, b) if layer is None else (a[layer], b[layer])
-            for name, factor in zip(peft.factor_names(entry, layer), pair, strict=True):
-                found[peft.PREFIX + name] = factor.T
+    for site in peft_modules.adaptable(model):
+        node = nodes[site.path]
+        if isinstance(node, lora.LoRA):
+            for layer in site.layers:
+                pair = (node.a, node.b) if layer is None else (node.a[layer], node.b[layer])
+                for suffix, factor in zip(peft_lora.factor_names(site), pair, strict=True):
+                    found[f"{peft_modules.PREFIX}{site.module(layer)}.{suffix}"] = factor.T
     return found
 
 
@@ -160,8 +159,11 @@ def change_config(copy, **fields):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"peft_type": "IA3"}, r"adapter_config.json: peft_type 'IA3'; expected 'LORA'"),
-        ({"use_dora": True}, r"use_dora = True is not supported"),
+        (
+            {"peft_type": "VERA"},
+            r"adapter_config.json: peft_type 'VERA'; expected one of \('LORA',",
+        ),
+        ({"use_dora": True}, r"holds .*q_proj.lora_A.weight but not .*lora_magnitude_vector"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not supported"),
         ({"bias": "all"}, r"bias = 'all'; expected one of \('none'"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights = 'pissa'; expected one of"),
@@ -227,7 +229,7 @@ def test_an_embedding_of_another_base(base, tmp_path):
 
 
 def test_what_cannot_be_saved(base, key, tmp_path):
-    with pytest.raises(CheckpointError, match="has no LoRA to save"):
+    with pytest.raises(CheckpointError, match="has no adapter to save: none of LoRA, DoRA"):
         hub.save_adapter(tmp_path / "out", base)
     twice = adapted(adapted(base, key), key)
     with pytest.raises(CheckpointError, match="q/kernel has a LoRA on a LoRA: merge one first"):
