@@ -18,14 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from experiments.shared import sft
 from research import hub
-from research.data import corpora, formats, packing, shuffle, source, supervised
+from research.data import corpora, formats, packing, source
 from research.data.rows import Rows
-from research.decode.generate import generate
-from research.decode.sampling import Sampling
-from research.evaluate import choice, nll
 from research.hub.download import smollm2
 from research.objectives import next_token
 from research.runs import chain, main
@@ -34,9 +30,6 @@ from research.train.loop import Training, fit
 from research.train.optim import AdamW
 from research.train.schedules import Cosine
 from research.types import Params
-from research.weights import lora
-
-SPLIT_SEED = 0  # of the held-out rows: the same ones whatever the run's seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,65 +67,28 @@ class Config:
 def split(config: Config, tokenizer: Any) -> tuple[packing.Table, packing.Table, list[str]]:
     """Training rows packed, held-out rows packed, and the first held-out questions."""
     encode = partial(chat.encode_chat, tokenizer)
-    conversations = list(formats.conversations(config.rows()))
-    order = shuffle.permutation(SPLIT_SEED, 0, len(conversations))
-    parts = order[config.held_out :], order[: config.held_out]
-    tables = []
-    for part in parts:
-        chosen = [conversations[i] for i in part]
-        kept, counts = supervised.examples(chosen, encode, config.length, truncate="right")
-        print(f"  {counts}", flush=True)
-        tables.append(packing.pack(kept, config.length))
-    asked = [conversations[i][1][0]["content"] for i in parts[1][: config.answers]]
-    return *tables, asked
+    parts = sft.split(list(formats.conversations(config.rows())), config.held_out)
+    train, held_out = (sft.packed(part, encode, config.length) for part in parts)
+    asked = [messages[0]["content"] for _, messages in parts[1][: config.answers]]
+    return train, held_out, asked
 
 
 def measure(
     pretrained: hub.Pretrained, config: Config, held_out: packing.Table
 ) -> dict[str, float]:
     """Likelihood of the held-out answers, and the exam."""
-    model, params = pretrained.model, pretrained.params
-    found = likelihood(model, params, held_out, config.batch_size)
-    encode = pretrained.tokenizer.encode
-    questions = [
-        choice.question(
-            encode, f"Question: {q.question}\nAnswer:", [f" {o}" for o in q.options], q.answer
-        )
-        for q in corpora.multiple_choice(config.exam)[: config.questions]
-    ]
-    exam = choice.multiple_choice(model, params, questions)
-    low, high = exam.per_byte.interval
+    exam = sft.exam(pretrained, config.exam, config.questions)
+    low, high = exam.interval
     name = f"{config.exam}_accuracy"
-    return found | {name: exam.per_byte.value, f"{name}_low": low, f"{name}_high": high}
+    found = likelihood(pretrained, config, held_out)
+    return found | {name: exam.value, f"{name}_low": low, f"{name}_high": high}
 
 
-def likelihood(model: Any, params: Params, table: packing.Table, rows: int) -> dict[str, float]:
-    """Nats a supervised token of a packed table, `rows` of it at a time."""
-    batches = packing.batches(table, rows)
-    held_out = nll.held_out(model, params, batches)
-    return {"nll": held_out.per_token, "perplexity": held_out.perplexity}
-
-
-def answer(pretrained: hub.Pretrained, questions: list[str], limit: int) -> list[str]:
-    """Greedy answers to single questions."""
-    tokenizer = pretrained.tokenizer
-    prompts = [
-        tokenizer.encode(chat.render(tokenizer, [{"role": "user", "content": q}], True))
-        for q in questions
-    ]
-    sampling = Sampling(temperature=0.0, max_tokens=limit, stop_ids=tokenizer.stop_ids)
-    rng = jax.random.key(0)
-    said = generate(pretrained.model, pretrained.params, prompts, rng, sampling)
-    return [tokenizer.decode(row) for row in said.rows()]
-
-
-def once(path: Path, make: Callable[[], Any]) -> Any:
-    """`make()`, remembered in a JSON file, so that a resumed run does not measure again."""
-    if not path.exists():
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_text(json.dumps(make()))
-        partial_path.rename(path)
-    return json.loads(path.read_text())
+def likelihood(
+    pretrained: hub.Pretrained, config: Config, held_out: packing.Table
+) -> dict[str, float]:
+    found = sft.likelihood(pretrained, held_out, config.batch_size)
+    return {"nll": found.per_token, "perplexity": found.perplexity}
 
 
 def adapted(config: Config, params: Params) -> tuple[Params, Any]:
@@ -140,9 +96,7 @@ def adapted(config: Config, params: Params) -> tuple[Params, Any]:
     if config.adapter is None:
         return params, r".*"
     a = config.adapter
-    rng = jax.random.fold_in(jax.random.key(config.seed), 1)
-    params = lora.add(params, a.targets, rng, a.rank, a.alpha, a.dropout)
-    return params, ((lora.TRAINABLE, True), (r".*", False))
+    return sft.with_lora(params, a.targets, a.rank, a.alpha, config.seed, a.dropout)
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
@@ -150,9 +104,9 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     base = hub.load(smollm2())
     train, held_out, asked = split(config, base.tokenizer)
     print("measuring the base model", flush=True)
-    before = once(directory / "before.json", lambda: measure(base, config, held_out))
-    said_before = once(
-        directory / "answers.json", lambda: answer(base, asked, config.answer_tokens)
+    before = sft.once(directory / "before.json", lambda: measure(base, config, held_out))
+    said_before = sft.once(
+        directory / "answers.json", lambda: sft.answer(base, asked, config.answer_tokens)
     )
     params, rule = adapted(config, base.params)
     fitted = fit(
@@ -170,7 +124,9 @@ def run(config: Config, directory: Path) -> dict[str, float]:
             directory=directory,
         ),
         rule=rule,
-        evaluate=lambda params: likelihood(base.model, params, held_out, config.batch_size),
+        evaluate=lambda params: likelihood(
+            dataclasses.replace(base, params=params), config, held_out
+        ),
         identity=dataclasses.replace(config, eval_every=None, save_every=1),
     )
     tuned = dataclasses.replace(base, params=fitted.params)
@@ -190,7 +146,7 @@ def keep(
         hub.save(directory / "model", tuned)
     else:
         hub.save_adapter(directory / "adapter", tuned)
-    after = answer(tuned, asked, config.answer_tokens)
+    after = sft.answer(tuned, asked, config.answer_tokens)
     rows = zip(asked, before, after, strict=True)
     lines = [json.dumps(dict(zip(("prompt", "before", "after"), row, strict=True))) for row in rows]
     (directory / "samples.jsonl").write_text("\n".join(lines) + "\n")
