@@ -7,13 +7,15 @@ around a model, `write` gives the config and the tensors of a model that has suc
     LORA            peft_lora       LoRA, rsLoRA (use_rslora), DoRA (use_dora)
     ADALORA         peft_adalora    AdaLoRA with the ranks that were allocated
     IA3             peft_ia3        (IA)^3
+    PROMPT_TUNING   peft_prompts    a prompt's rows; read them with `prompt.before`, see there
+    P_TUNING        peft_prompts    the same, of rows that came from a network
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from research.hub import huggingface, peft_adalora, peft_ia3, peft_lora
+from research.hub import huggingface, peft_adalora, peft_ia3, peft_lora, peft_prompts
 from research.hub.checkpoint import CheckpointError
 from research.hub.peft_config import CONFIG, read_config
 from research.hub.peft_modules import WEIGHTS, read_tensors
@@ -25,8 +27,15 @@ from research.weights.base import is_weight
 from research.weights.dora import DoRA
 from research.weights.ia3 import ScaledInput, ScaledOutput
 from research.weights.lora import LoRA
+from research.weights.prompt import Prompt
 
-READERS = {"LORA": peft_lora.read, "ADALORA": peft_adalora.read, "IA3": peft_ia3.read}
+READERS = {
+    "LORA": peft_lora.read,
+    "ADALORA": peft_adalora.read,
+    "IA3": peft_ia3.read,
+    "PROMPT_TUNING": peft_prompts.read,
+    "P_TUNING": peft_prompts.read,
+}
 # The first kind that a model has is written; what it has beside that one is refused.
 WRITERS = {
     LoRA: peft_lora.write,
@@ -34,11 +43,14 @@ WRITERS = {
     AdaLoRA: peft_adalora.write,
     ScaledOutput: peft_ia3.write,
     ScaledInput: peft_ia3.write,
+    Prompt: peft_prompts.write,
 }
 
 
 def load_adapter(pretrained: Pretrained, directory: str | Path) -> Pretrained:
-    """The model with a PEFT adapter around its matrices (its numbers float32).
+    """The model with a PEFT adapter in it (its numbers float32).
+
+    A prompt's rows are read where its ids stand: `loaded.logits(prompt.before(loaded.params, [ids]))`.
 
     Raises CheckpointError when a file is missing or damaged, the adapter is of a kind or has an
     option that is not supported, or its names or shapes do not fit the model.

@@ -31,14 +31,24 @@ REFUSED = {
     "LORA": LORA_REFUSED,
     "ADALORA": (*LORA_REFUSED, "use_dora"),
     "IA3": ("modules_to_save",),
+    "PROMPT_TUNING": ("modules_to_save",),
+    "P_TUNING": ("modules_to_save",),
 }
 # Initialisations that leave the base weights alone (PiSSA, OLoRA, ... change them).
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+DECODER = {"num_transformer_submodules": (1, None)}  # 2 is an encoder–decoder's
 ALLOWED = {
     "LORA": {"bias": ("none", None), "init_lora_weights": INITIALISATIONS},
     "ADALORA": {"bias": ("none", None)},
+    "PROMPT_TUNING": DECODER,
+    "P_TUNING": DECODER,
 }
-POSITIVE = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha")}
+POSITIVE = {
+    "LORA": ("r", "lora_alpha"),
+    "ADALORA": ("init_r", "lora_alpha"),
+    "PROMPT_TUNING": ("num_virtual_tokens",),
+    "P_TUNING": ("num_virtual_tokens",),
+}
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -211,13 +211,16 @@ def adapted(directory: Any, pretrained: Pretrained, method: str, *kinds: type) -
                 f"{directory}: {path} is a part of the tensor {known[path].entry.name}, which PEFT "
                 "adapts as a whole: merge the adapter and save the model"
             )
-        if hasattr(node.base, "base"):
-            under = type(node.base).__name__
-            raise CheckpointError(
-                f"{directory}: {path} has a {method} on a {under}: merge one first"
-            )
+        refuse_under(directory, path, method, node)
         found.append(known[path])
     return found
+
+
+def refuse_under(directory: Any, path: str, method: str, node: Any) -> None:
+    """CheckpointError when what `node` stands on is an adapter too."""
+    if hasattr(node.base, "base"):
+        under = type(node.base).__name__
+        raise CheckpointError(f"{directory}: {path} has a {method} on a {under}: merge one first")
 
 
 def refuse_others(

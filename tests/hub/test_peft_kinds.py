@@ -1,15 +1,25 @@
 """Adapters of every kind: what peft saved gives peft's logits, and peft opens what we save."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hub_reference import FIXTURES, ROOT, ask, needs_reference
-from safetensors.numpy import load_file, save_file
+from hub_reference import FIXTURES, ask, needs_reference
+from peft_folders import (
+    ADAPTERS,
+    WEIGHTS,
+    base_of,
+    change_config,
+    change_tensors,
+    config_of,
+    expected_of,
+    opened,
+    prompts_of,
+)
+from safetensors.numpy import load_file
 
 from research import hub
 from research.hub import CheckpointError
@@ -18,7 +28,6 @@ from research.paths import map_named, named_leaves
 from research.weights import adalora, dora, ia3, lora
 from research.weights.base import is_weight
 
-ADAPTERS = FIXTURES / "adapters"
 MATRICES = [
     "rslora",
     "dora",
@@ -29,33 +38,11 @@ MATRICES = [
     "ia3",
     "ia3_biased",
 ]
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def config_of(folder):
-    return json.loads((folder / CONFIG).read_text())
-
-
-@pytest.fixture(scope="module")
-def bases():
-    """{name: model} of the bases that the adapters name."""
-    names = {config_of(ADAPTERS / name)["base_model_name_or_path"] for name in MATRICES}
-    return {name: hub.load(ROOT / name) for name in names}
-
-
-def base_of(bases, name):
-    return bases[config_of(ADAPTERS / name)["base_model_name_or_path"]]
-
-
-def prompt_of(name):
-    base = ROOT / config_of(ADAPTERS / name)["base_model_name_or_path"]
-    return json.loads((base / "prompts.json").read_text())[-1]
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_logits_equal_those_of_peft(bases, name):
-    base, prompt = base_of(bases, name), prompt_of(name)
-    expected = load_file(ADAPTERS / name / "expected.safetensors")["logits.0"]
+def test_logits_equal_those_of_peft(name):
+    base, (prompt, expected) = base_of(name), expected_of(name)
     loaded = hub.load_adapter(base, ADAPTERS / name)
     ours = np.asarray(loaded.logits(prompt)[0])
     assert np.abs(ours - base.logits(prompt)[0]).max() > 0.05
@@ -67,8 +54,8 @@ def base_copies(tensors):
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_saved_again_it_has_the_names_and_shapes_that_peft_wrote(bases, name, tmp_path):
-    hub.save_adapter(tmp_path / "out", hub.load_adapter(base_of(bases, name), ADAPTERS / name))
+def test_saved_again_it_has_the_names_and_shapes_that_peft_wrote(name, tmp_path):
+    hub.save_adapter(tmp_path / "out", hub.load_adapter(base_of(name), ADAPTERS / name))
     theirs, ours = load_file(ADAPTERS / name / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     ragged = name in ("dora_ragged", "ia3_biased")  # ours have all layers
     assert theirs.keys() - base_copies(theirs) <= ours.keys()
@@ -87,8 +74,8 @@ def test_saved_again_it_has_the_names_and_shapes_that_peft_wrote(bases, name, tm
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_saved_and_loaded_again_it_is_the_same_function(bases, name, tmp_path):
-    base = base_of(bases, name)
+def test_saved_and_loaded_again_it_is_the_same_function(name, tmp_path):
+    base = base_of(name)
     loaded = hub.load_adapter(base, ADAPTERS / name)
     hub.save_adapter(tmp_path / "out", loaded)
     again = hub.load_adapter(base, tmp_path / "out")
@@ -98,15 +85,15 @@ def test_saved_and_loaded_again_it_is_the_same_function(bases, name, tmp_path):
         np.testing.assert_allclose(after[path], leaf, rtol=0, atol=1e-6, err_msg=path)
 
 
-def test_what_a_layer_has_not_is_the_base(bases):
+def test_what_a_layer_has_not_is_the_base():
     """Rows that the adapter leaves out: a rank of 0, lengths of columns, vectors of ones."""
-    counts = adalora.ranks(hub.load_adapter(base_of(bases, "adalora"), ADAPTERS / "adalora").params)
+    counts = adalora.ranks(hub.load_adapter(base_of("adalora"), ADAPTERS / "adalora").params)
     assert {path: n.tolist() for path, n in counts.items()} == {
         "stack_0/block_0/attention/q/kernel": [2, 0],
         "stack_0/block_0/attention/v/kernel": [3, 3],
     }
     for name, part in [("dora_ragged", "down"), ("ia3_biased", "o")]:
-        base = base_of(bases, name)
+        base = base_of(name)
         loaded = hub.load_adapter(base, ADAPTERS / name)
         before, after = (dict(named_leaves(m.params, is_leaf=is_weight)) for m in (base, loaded))
         (path,) = [path for path in before if path.endswith(f"/{part}/kernel")]
@@ -186,7 +173,7 @@ OURS = {
 
 def saved(name, key, folder):
     base, put_on = OURS[name]
-    model = put_on(hub.load(FIXTURES / base), key)
+    model = put_on(opened(FIXTURES / base), key)
     hub.save_adapter(folder, model)
     return FIXTURES / base, model
 
@@ -197,10 +184,10 @@ def test_peft_opens_what_we_save(key, tmp_path):
     requests, ours = [], []
     for name in OURS:
         base, model = saved(name, key, tmp_path / name)
-        prompts = json.loads((base / "prompts.json").read_text())
+        prompts = prompts_of(base)
         requests.append({"model": base, "adapter": str(tmp_path / name), "prompts": prompts})
         ours.append([model.logits(ids)[0] for ids in prompts])
-        assert np.abs(ours[-1][0] - hub.load(base).logits(prompts[0])[0]).max() > 0.05, name
+        assert np.abs(ours[-1][0] - opened(base).logits(prompts[0])[0]).max() > 0.05, name
     for name, theirs, logits in zip(OURS, ask(tmp_path, *requests), ours, strict=True):
         for number, mine in enumerate(logits):
             np.testing.assert_allclose(
@@ -222,15 +209,6 @@ def copy_of(tmp_path):
     return lambda name: shutil.copytree(ADAPTERS / name, tmp_path / name)
 
 
-def change_config(folder, **fields):
-    (folder / CONFIG).write_text(json.dumps(config_of(folder) | fields))
-
-
-def change_tensors(folder, change):
-    tensors = load_file(folder / WEIGHTS)
-    save_file({k: v for n, x in tensors.items() for k, v in change(n, x).items()}, folder / WEIGHTS)
-
-
 def narrower(name, tensor):
     if name.endswith("magnitude_vector") or name.endswith("lora_A"):
         return {name: np.ascontiguousarray(tensor[..., :15])}
@@ -240,19 +218,19 @@ def narrower(name, tensor):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_an_adapter_of_another_size_is_named(bases, name, copy_of):
+def test_an_adapter_of_another_size_is_named(name, copy_of):
     folder = copy_of(name)
     change_tensors(folder, narrower)
     with pytest.raises(CheckpointError, match=OTHER[name]):
-        hub.load_adapter(base_of(bases, name), folder)
+        hub.load_adapter(base_of(name), folder)
 
 
 @pytest.mark.parametrize("name", ["dora", "adalora", "ia3"])
-def test_an_adapter_of_other_names_is_named(bases, name, copy_of):
+def test_an_adapter_of_other_names_is_named(name, copy_of):
     folder = copy_of(name)
     change_tensors(folder, lambda name, x: {name.replace("layers.1.", "layers.7."): x})
     with pytest.raises(CheckpointError, match=r"no place in the model: model.layers.7.* are like"):
-        hub.load_adapter(base_of(bases, name), folder)
+        hub.load_adapter(base_of(name), folder)
 
 
 @pytest.mark.parametrize(
@@ -275,24 +253,24 @@ def test_an_adapter_of_other_names_is_named(bases, name, copy_of):
         ("ia3", {"feedforward_modules": []}, r"down_proj.ia3_l \[1, 24\]; expected \[16, 1\]"),
     ],
 )
-def test_a_config_that_contradicts_the_tensors(bases, name, fields, message, copy_of):
+def test_a_config_that_contradicts_the_tensors(name, fields, message, copy_of):
     folder = copy_of(name)
     change_config(folder, **fields)
     with pytest.raises(CheckpointError, match=message):
-        hub.load_adapter(base_of(bases, name), folder)
+        hub.load_adapter(base_of(name), folder)
 
 
-def test_vectors_on_both_sides_of_one_stack_are_refused(bases, copy_of):
+def test_vectors_on_both_sides_of_one_stack_are_refused(copy_of):
     folder = copy_of("ia3")
     change_config(folder, feedforward_modules=["0.mlp.down_proj"])
     name = "base_model.model.model.layers.1.mlp.down_proj.ia3_l"
     change_tensors(folder, lambda n, x: {n: np.ones((16, 1), np.float32) if n == name else x})
     with pytest.raises(CheckpointError, match=r"names some layers of .*down_proj and not others"):
-        hub.load_adapter(base_of(bases, "ia3"), folder)
+        hub.load_adapter(base_of("ia3"), folder)
 
 
-def test_what_cannot_be_written(bases, key, tmp_path):
-    model = bases["tests/hub/fixtures/tiny_llama/gqa"]
+def test_what_cannot_be_written(key, tmp_path):
+    model = opened(FIXTURES / LLAMA)
     first = adalora.add(model.params, r".*/q/kernel", key, rank=2)
     cases = {
         r"\(rank, scale, dropout\) .* PEFT has one": adalora.add(
@@ -316,7 +294,7 @@ def test_what_cannot_be_written(bases, key, tmp_path):
 
 @pytest.mark.parametrize("of", [dora.add, adalora.add, ia3.add])
 def test_a_part_of_a_packed_tensor_is_refused(key, of, tmp_path):
-    model = hub.load(FIXTURES / GPT)
+    model = opened(FIXTURES / GPT)
     rule = {"inputs": None} if of is ia3.add else {}
     one = dataclasses.replace(model, params=of(model.params, r".*/v/kernel", key, **rule))
     with pytest.raises(CheckpointError, match=r"v/kernel is a part of the tensor .*c_attn"):
