@@ -36,6 +36,16 @@ def test_shift_by_hand():
     assert example.weights.tolist() == [0, 1, 1, 0]
 
 
+def test_a_prompt_before_an_example_by_hand():
+    example = supervised.prepend(supervised.shift([5, 6, 7], [0, 1, 1]), [40, 41])
+    assert example.tokens.tolist() == [40, 41, 5, 6, 7]
+    assert example.targets.tolist() == [5, 5, 6, 7, 7]
+    assert example.weights.tolist() == [0, 0, 1, 1, 0]
+    assert [field.dtype.name for field in example] == ["int32", "int32", "float32"]
+    with pytest.raises(ValueError, match="empty example"):
+        supervised.prepend(supervised.shift([], []), [40])
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("load", [corpora.alpaca_en, corpora.alpaca_zh])
 def test_real_alpaca_rows_learn_answer_and_end(load):
