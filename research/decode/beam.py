@@ -150,8 +150,8 @@ def beam_search(
     long for the context; ValueError when there are more beams than sequences.
     """
     config = model.config
-    missing = config.position.missing
-    check_prompts(prompts, readable(params), config.max_length, search.max_tokens, missing)
+    limits = config.max_length, search.max_tokens
+    check_prompts(prompts, readable(params), *limits, config.position.missing, model.before)
     search.check(config.vocab_size)
     width = bucket(max(len(prompt) for prompt in prompts))
     tokens, segments = left_padded(prompts, width, pad_id)

@@ -24,7 +24,7 @@ from research.decode.beam import pick, reorder
 from research.decode.generate import Generation, finished, for_decoding, in_layers
 from research.decode.prompts import bucket, check_prompts, left_padded, readable
 from research.models.attention import Cache
-from research.models.decoder import Decoder, empty_cache
+from research.models.decoder import Decoder
 from research.types import Array, Params
 
 
@@ -75,8 +75,8 @@ def contrastive_search(
     tokens.
     """
     config = model.config
-    missing = config.position.missing
-    check_prompts(prompts, readable(params), config.max_length, search.max_tokens, missing)
+    limits = config.max_length, search.max_tokens
+    check_prompts(prompts, readable(params), *limits, config.position.missing, model.before)
     if search.top_k > config.vocab_size:
         raise ValueError(
             f"contrastive: top_k is {search.top_k}, the vocabulary has {config.vocab_size} tokens"
@@ -105,7 +105,7 @@ def begin(
 ) -> State:
     """Read the prompts [B, P], once each."""
     (B, P), D = tokens.shape, model.config.width
-    cache = empty_cache(model, B, slots, stacked=False)
+    cache = model.apply({"params": params}, B, slots, stacked=False, method="start")
     states, cache = model.apply(
         {"params": params}, tokens, segment_ids=segments, cache=cache, method="hidden"
     )

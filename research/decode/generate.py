@@ -23,7 +23,7 @@ from research.decode.filters import Past
 from research.decode.prompts import bucket, check_prompts, left_padded, readable
 from research.decode.sampling import Filters, Sampling, choose, log_prob
 from research.models.attention import Cache
-from research.models.decoder import Decoder, empty_cache, unstack
+from research.models.decoder import Decoder, unstack
 from research.types import Array, Params
 from research.weights.transposed import transpose
 
@@ -91,7 +91,7 @@ def generate(
     """
     config = model.config
     context, missing = config.max_length, config.position.missing
-    check_prompts(prompts, readable(params), context, sampling.max_tokens, missing)
+    check_prompts(prompts, readable(params), context, sampling.max_tokens, missing, model.before)
     sampling.check_ids(config.vocab_size)
     if among is not None:
         among.check(config.vocab_size, sampling.max_tokens)
@@ -176,7 +176,7 @@ def prefill(
 ) -> tuple[Array, Cache]:
     """Left-padded prompts [B, P] in a cache of `slots` slots, None: without an end, and the logits
     [B, V] that follow."""
-    cache = empty_cache(model, tokens.shape[0], slots, stacked=False)
+    cache = model.apply({"params": params}, tokens.shape[0], slots, stacked=False, method="start")
     hidden, cache = model.apply(
         {"params": params}, tokens, segment_ids=segments, cache=cache, method="hidden"
     )

@@ -49,11 +49,12 @@ def check_prompts(
     context: int,
     max_tokens: int,
     missing: Callable[[Sequence[int]], str | None] = lambda prompt: None,
+    before: int = 0,
 ) -> None:
     """PromptError naming the first prompt that cannot be continued by `max_tokens` tokens.
 
     ids: how many there are, see `readable`. missing: what a position scheme says that a prompt
-    lacks, see `NoPosition.missing`.
+    lacks, see `NoPosition.missing`. before: slots of the context that a model's rows begin with.
     """
     if not len(prompts):
         raise PromptError("no prompts: expected a list of lists of token ids")
@@ -64,10 +65,15 @@ def check_prompts(
         if low < 0 or high >= ids:
             outside = low if low < 0 else high
             raise PromptError(f"prompt {row} holds token id {outside}; ids are 0..{ids - 1}")
-        if len(prompt) + max_tokens > context:
+        if before + len(prompt) + max_tokens > context:
             raise PromptError(
-                f"prompt {row} has {len(prompt)} tokens and max_tokens is {max_tokens}: "
+                f"{preceded(before)}prompt {row} has {len(prompt)} tokens and max_tokens is {max_tokens}: "
                 f"together more than the context of {context}"
             )
         if (lack := missing(prompt)) is not None:
             raise PromptError(f"prompt {row} {lack}")
+
+
+def preceded(before: int) -> str:
+    """How an error about the context begins when a model's rows do not begin with the prompt."""
+    return f"after a prefix of {before}, " if before else ""

@@ -24,7 +24,14 @@ from jax import lax
 
 from research.decode.drafts import DraftModel, Lookup, Proposal, Text, distribution, draw, rollback
 from research.decode.generate import Generation, for_decoding, in_layers, prefill
-from research.decode.prompts import PromptError, bucket, check_prompts, left_padded, readable
+from research.decode.prompts import (
+    PromptError,
+    bucket,
+    check_prompts,
+    left_padded,
+    preceded,
+    readable,
+)
 from research.decode.sampling import Filters, Sampling
 from research.models.attention import Cache
 from research.models.decoder import Decoder
@@ -83,16 +90,17 @@ def speculate(
     """
     config = model.config
     limits = config.max_length, sampling.max_tokens
-    check_prompts([prompt], readable(params), *limits, config.position.missing)
+    check_prompts([prompt], readable(params), *limits, config.position.missing, model.before)
     sampling.check_ids(config.vocab_size)
     check_draft(draft, draft_params, config.vocab_size, len(prompt) + sampling.max_tokens)
     if isinstance(draft, DraftModel):
-        missing = draft.model.config.position.missing
-        check_prompts([prompt], readable(draft_params), *limits, missing)
-    if len(prompt) + sampling.max_tokens + draft.count > config.max_length:
+        needs = draft.model.config.position.missing, draft.model.before
+        check_prompts([prompt], readable(draft_params), *limits, *needs)
+    if model.before + len(prompt) + sampling.max_tokens + draft.count > config.max_length:
         raise PromptError(
-            f"the prompt has {len(prompt)} tokens, max_tokens is {sampling.max_tokens} and the "
-            f"draft proposes {draft.count}: together more than the context of {config.max_length}"
+            f"{preceded(model.before)}the prompt has {len(prompt)} tokens, max_tokens is "
+            f"{sampling.max_tokens} and the draft proposes {draft.count}: together more than the "
+            f"context of {config.max_length}"
         )
     width = bucket(len(prompt))
     tokens, segments = left_padded([prompt], width, pad_id)
@@ -121,10 +129,11 @@ def check_draft(draft: Lookup | DraftModel, params: Params, vocab_size: int, lon
             f"the draft model has {config.vocab_size} tokens, the model {vocab_size}: expected one "
             f"vocabulary"
         )
-    if longest + draft.count > config.max_length:
+    before = draft.model.before
+    if before + longest + draft.count > config.max_length:
         raise PromptError(
-            f"prompt, max_tokens and drafts come to {longest + draft.count} tokens, more than the "
-            f"draft model's context of {config.max_length}"
+            f"{preceded(before)}prompt, max_tokens and drafts come to {longest + draft.count} "
+            f"tokens, more than the draft model's context of {config.max_length}"
         )
 
 

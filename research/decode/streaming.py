@@ -57,7 +57,7 @@ def stream(
     """
     require_endless(model.config, sampling)
     context, missing = model.config.max_length, model.config.position.missing
-    check_prompts(prompts, readable(params), context, 0, missing)
+    check_prompts(prompts, readable(params), context, 0, missing, model.before)
     sampling.check_ids(model.config.vocab_size)
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")

@@ -70,6 +70,14 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
 
+    # Parameters that may stand beside the trunk's own: `heads` keeps a head there.
+    beside = ("score",)
+
+    @property
+    def before(self) -> int:
+        """Slots that every row begins with, before its tokens; they count towards the context."""
+        return 0
+
     def setup(self):
         config = self.config
         self.embed = Embedding(config.vocab_size, config.width, config.init_std)
@@ -106,8 +114,12 @@ class Decoder(nn.Module):
         mask: Mask | None = None,
         cache: Cache | None = None,
     ) -> Array | tuple[Array, Cache]:
-        """The states [B, T, D] that the head multiplies, for losses fused with the head."""
+        """The states [B, T, D] that the head multiplies, for losses fused with the head.
+
+        ValueError naming parameters that this model does not read.
+        """
         config = self.config
+        require_known(self)
         alone = positions is None and segment_ids is None and cache is None
         mask, positions, past = arrange(
             tokens, positions, segment_ids, mask or Mask(), cache, config.position
@@ -136,6 +148,12 @@ class Decoder(nn.Module):
             x = self.final_norm(x)
         return x if past is None else (x, past.replace(layers=tuple(layers)))
 
+    def start(
+        self, batch: int, length: int | None, dtype: Any = None, stacked: bool = True
+    ) -> Cache:
+        """The cache that rows begin with, an empty one; arguments are those of `empty_cache`."""
+        return empty_cache(self, batch, length, dtype, stacked)
+
     def begin(self) -> Array:
         """What `init` runs: every parameter outside the stacks is met, and no token placed."""
         at = jnp.zeros((1, 1), jnp.int32)
@@ -148,6 +166,15 @@ class Decoder(nn.Module):
         """States [..., D] -> logits [..., V] float32: the head alone."""
         logits = self.embed.attend(states) if self.head is None else self.head(states)
         return logits.astype(jnp.float32)
+
+
+def require_known(model: Decoder) -> None:
+    """ValueError when the parameters hold what the model would pass over."""
+    own = {"embed", "position", "final_norm", "head", *model.beside}
+    own |= {f"stack_{number}" for number in range(len(model.config.stacks))}
+    unknown = sorted(set(model.variables.get("params", {})) - own)
+    if unknown:
+        raise ValueError(f"a {type(model).__name__} does not read the parameters {unknown}")
 
 
 def head_size(config: DecoderConfig) -> int:
