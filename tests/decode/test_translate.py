@@ -14,6 +14,7 @@ from research.decode.translate import translate
 from research.models import seq2seq
 from research.models.additive import Learned
 from research.models.families.transformer import transformer
+from research.weights import prompt
 
 BOS, EOS, V = 1, 2, 7
 CONFIG = transformer(V, 2, 16, 2, 24, dropout=0.0, position=Learned(64, 2.0), max_length=64)
@@ -90,3 +91,14 @@ def test_bad_sources_are_named(params):
         translate(MODEL, params, [[7]], BOS)
     with pytest.raises(PromptError, match="max_tokens is 64"):
         translate(MODEL, params, [[3]], BOS, Beams(1, max_tokens=64))
+
+
+def test_a_source_may_begin_with_a_learned_prompt(params):
+    """Greedily, and against the forward pass; a model without it refuses."""
+    tuned = prompt.add(params, jax.random.key(1), 3, prompt.normal)
+    source = prompt.before(tuned, SOURCES)[0]
+    assert source == [V, V + 1, V + 2, *SOURCES[0]]
+    found = translate(MODEL, tuned, [source], BOS, Beams(beams=1, max_tokens=5, stop_ids=(EOS,)))
+    assert found.rows() == [greedy(tuned, source, 5)]
+    with pytest.raises(PromptError, match=r"prompt 0 holds token id 9; ids are 0\.\.6"):
+        translate(MODEL, params, [source], BOS)
