@@ -24,14 +24,14 @@ from research.decode.generate import for_decoding
 from research.decode.text import TextStream
 from research.hub.download import DownloadError, cache_directory, smollm2
 from research.tokenize.chat import ChatTemplateError, render
-from research.weights import lora
+from research.weights.prompt import before, is_prompt
 
 Write = Callable[[str], Any]
 
 
 @dataclass
 class Chat:
-    """A conversation with a model; `params` holds the adapter's factors where there is one."""
+    """A conversation with a model; `params` holds the adapter where there is one."""
 
     model: Any
     params: Any
@@ -45,8 +45,9 @@ class Chat:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self):
-        # Without the factors; the matrices are the same arrays, not copies.
-        self.plain = lora.remove(self.params) if self.has_adapter else self.params
+        self.plain = self.model, self.params
+        if self.has_adapter:
+            self.plain = hub.without_adapter(*self.plain)
         self.reset()
 
     def reset(self) -> None:
@@ -57,11 +58,13 @@ class Chat:
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self.tokenizer.encode(render(self.tokenizer, asked, add_generation_prompt=True))
         stream = TextStream(self.tokenizer.decode)
-        params = self.params if self.adapter else self.plain
+        model, params = (self.model, self.params) if self.adapter else self.plain
+        if any(map(is_prompt, jax.tree.leaves(params, is_leaf=is_prompt))):
+            (prompt,) = before(params, [prompt])
         rng = jax.random.fold_in(jax.random.key(self.seed), len(asked))
         try:
             generate(
-                self.model,
+                model,
                 params,
                 [prompt],
                 rng,

@@ -1,7 +1,15 @@
 """Models in and out: `load` and `save` of Hugging Face directories, GGUF files, PEFT adapters."""
 
 from research.hub.checkpoint import CheckpointError
-from research.hub.peft import load_adapter, save_adapter
+from research.hub.peft import load_adapter, save_adapter, without_adapter
 from research.hub.pretrained import Pretrained, load, save
 
-__all__ = ["CheckpointError", "Pretrained", "load", "load_adapter", "save", "save_adapter"]
+__all__ = [
+    "CheckpointError",
+    "Pretrained",
+    "load",
+    "load_adapter",
+    "save",
+    "save_adapter",
+    "without_adapter",
+]

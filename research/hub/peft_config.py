@@ -33,6 +33,7 @@ REFUSED = {
     "IA3": ("modules_to_save",),
     "PROMPT_TUNING": ("modules_to_save",),
     "P_TUNING": ("modules_to_save",),
+    "PREFIX_TUNING": ("modules_to_save",),
 }
 # Initialisations that leave the base weights alone (PiSSA, OLoRA, ... change them).
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -42,12 +43,14 @@ ALLOWED = {
     "ADALORA": {"bias": ("none", None)},
     "PROMPT_TUNING": DECODER,
     "P_TUNING": DECODER,
+    "PREFIX_TUNING": DECODER,
 }
 POSITIVE = {
     "LORA": ("r", "lora_alpha"),
     "ADALORA": ("init_r", "lora_alpha"),
     "PROMPT_TUNING": ("num_virtual_tokens",),
     "P_TUNING": ("num_virtual_tokens",),
+    "PREFIX_TUNING": ("num_virtual_tokens",),
 }
 
 

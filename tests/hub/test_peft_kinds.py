@@ -26,7 +26,7 @@ from research.hub import CheckpointError
 from research.hub.peft_lora import alphas_to_save
 from research.paths import map_named, named_leaves
 from research.weights import adalora, dora, ia3, lora
-from research.weights.base import is_weight
+from research.weights.base import is_weight, merge
 
 MATRICES = [
     "rslora",
@@ -73,16 +73,21 @@ def test_saved_again_it_has_the_names_and_shapes_that_peft_wrote(name, tmp_path)
     assert (mine.get("rank_pattern") or {}) == (peft.get("rank_pattern") or {})
 
 
+def require_same_function(one, other):
+    """Matrices and biases agree once the adapters are merged into them."""
+    before, after = (dict(named_leaves(merge(ia3.merge(m.params)))) for m in (one, other))
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        np.testing.assert_allclose(after[path], leaf, rtol=0, atol=1e-6, err_msg=path)
+
+
 @pytest.mark.parametrize("name", MATRICES)
 def test_saved_and_loaded_again_it_is_the_same_function(name, tmp_path):
     base = base_of(name)
     loaded = hub.load_adapter(base, ADAPTERS / name)
     hub.save_adapter(tmp_path / "out", loaded)
     again = hub.load_adapter(base, tmp_path / "out")
-    before, after = (dict(named_leaves(ia3.merge(m.params))) for m in (loaded, again))
-    assert before.keys() == after.keys()
-    for path, leaf in before.items():
-        np.testing.assert_allclose(after[path], leaf, rtol=0, atol=1e-6, err_msg=path)
+    require_same_function(loaded, again)
 
 
 def test_what_a_layer_has_not_is_the_base():
@@ -176,6 +181,12 @@ def saved(name, key, folder):
     model = put_on(opened(FIXTURES / base), key)
     hub.save_adapter(folder, model)
     return FIXTURES / base, model
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_we_save_comes_back(name, key, tmp_path):
+    base, model = saved(name, key, tmp_path / "out")
+    require_same_function(model, hub.load_adapter(opened(base), tmp_path / "out"))
 
 
 @pytest.mark.reference

@@ -1,10 +1,13 @@
 """The chat loop on a tiny model whose tokens are bytes."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import pytest
 
+from research import hub
+from research.adapters import prefix
 from research.decode import Sampling
 from research.hub.download import DownloadError
 from research.models import decoder
@@ -12,7 +15,7 @@ from research.models.attention import Attention
 from research.models.layers import GatedMlp
 from research.paths import map_named
 from research.tokenize.chat import ChatTemplateError
-from research.weights import lora
+from research.weights import dora, lora, prompt
 from scripts import chat
 from scripts.chat import Chat
 
@@ -63,6 +66,26 @@ def test_a_conversation(talk, written):
     talk.command("/adapter on")
     talk.reset()
     assert talk.say("hi") == first
+
+
+@pytest.mark.parametrize("kind", ["dora", "prompt", "prefix"])
+def test_adapters_of_other_kinds_are_read_and_taken_off(kind, talk, parts):
+    model, params = hub.without_adapter(*parts)
+    key = jax.random.key(4)
+    if kind == "prefix":
+        model, params = prefix.add(model, params, key, length=3, std=8.0)
+    elif kind == "prompt":
+        params = prompt.add(params, key, length=3, initial=partial(prompt.normal, std=9.0))
+    else:
+        params = dora.add(params, r".*/(v|o)/kernel", key, rank=2)
+        params = map_named(lambda p, x: 5 * x if p.endswith("/magnitude") else x, params)
+    other = dataclasses.replace(talk, model=model, params=params)
+    without = dataclasses.replace(talk, adapter=False)
+    assert other.say("hi") != without.say("hi")
+    other.adapter = False
+    other.reset()
+    without.reset()
+    assert other.say("hi") == without.say("hi")
 
 
 def test_commands(talk, written):
