@@ -13,8 +13,10 @@ tools takes the place of the system prompt. One seed for time: two would tell di
 hundredths of a nat from chance (`--sweep --set seed=1`).
 Run:    python -m experiments.vicuna --sweep             (3 runs, about 9 min on 2 idle cores)
         python -m scripts.samples vicuna                 (the same conversation with each model)
-Expect: the first answer is the hardest and gains most, for the layout is new; later ones gain less.
-        Loss on all tokens learns the users' turns too and costs the answers little or nothing.
+Expect: answers fall from 1.24 nats a token to 1.04, the first two by 0.23 and 0.28, later ones by 0.09
+        to 0.15. Loss on every token is 0.01 to 0.03 behind at each answer (one seed), and learns the
+        rest too, 2.05 to 0.95, which rises to 2.20 when only answers are learned. Said aloud, neither
+        keeps to the matter for three turns.
 """
 
 from __future__ import annotations
@@ -198,7 +200,7 @@ def figure(rows: list[results.Row]) -> Figure:
         losses = [group.statistic(f"nll/turn_{n}").mean for n in turns]
         axes.plot(turns, losses, marker=marker, markerfacecolor="none", label=label)
         axes.set_xticks(turns, [f"{n}+" if n == BASE.turns else n for n in turns])
-    axes.set(xlabel="answer of a conversation", ylabel="nats a token, held out", ylim=(0, None))
+    axes.set(xlabel="answer of a conversation", ylabel="nats a token, held out")
     axes.legend(frameon=False, title="loss on")
     return drawing
 
