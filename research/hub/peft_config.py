@@ -11,6 +11,7 @@ from research.hub.checkpoint import CheckpointError
 
 CONFIG = "adapter_config.json"
 # What changes the function and is not implemented here; a falsy value means it is off.
+# fan_in_fan_out is none of it: it says how the base stores its matrices (GPT-2's Conv1D).
 LORA_REFUSED = (
     "alora_invocation_tokens",
     "arrow_config",

@@ -164,6 +164,10 @@ OURS = {
         GPT,
         lambda m, key: noisy(m, dora.add(m.params, r".*/(o|up|down)/kernel", key, rank=2), key),
     ),
+    "dora_one_block": (  # peft puts one on the other block too, which does nothing
+        "tiny_qwen/alternating",
+        lambda m, key: noisy(m, dora.add(m.params, r".*/block_1/.*/(q|down)/kernel", key), key),
+    ),
     "adalora": (LLAMA, triplets),
     "adalora_pruned": (QWEN, cut_triplets),
     "adalora_as_lora": (QWEN, as_lora),
