@@ -68,7 +68,7 @@ def add(
 
 def add_text(model: Decoder, params: Params, tokens: Array) -> tuple[Prefixed, Params]:
     """A prefix that begins as the activations of real words [P] (section 7.4 of the paper): before
-    it trains, the model is the base that has read them. No MLP; otherwise as `add`."""
+    it trains, the model is the base that has read them, windows apart. No MLP; otherwise as `add`."""
     (P,) = tokens.shape
     require_fit(model, params, P)
     stacked = not any(isinstance(node, tuple) for node in params.values())
