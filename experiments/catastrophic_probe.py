@@ -1,7 +1,7 @@
 """What does instruction tuning cost elsewhere?  Biderman et al. 2024, "LoRA learns less and forgets less".
 
-arXiv:2405.09673, Figure 2's form, on a small real model: SmolLM2-135M-Instruct learns to answer in Chinese,
-which it was hardly taught, with LoRA or with all weights, at two rates each. Learning is the fall of the
+arXiv:2405.09673, its plot of learning against forgetting, on a small real model: SmolLM2-135M-Instruct
+learns to answer in Chinese, which it was hardly taught, with LoRA at two rates or with all weights. Learning is the fall of the
 likelihood loss of held-out answers; forgetting is its rise on English text that has nothing to do with
 them (Shakespeare, the King James Bible, an encyclopedia), and an exam of English questions. Both are
 measured in the middle and at the end of the same steps.
@@ -10,8 +10,8 @@ Differs from the paper: 135M parameters, not 7B; Chinese rows, not code and math
 tokens, not billions, so that nothing converges; forgetting by likelihood, where the paper has
 HellaSwag, ARC and WinoGrande; one rank, 16, on every matrix, at two rates. The base is the 4-bit release
 made dense. One seed for time: a second would say how wide the points are (`--sweep --set seed=1`);
-the exam's interval is wide, about 0.12 either way.
-Run:    python -m experiments.catastrophic_probe --sweep      (5 runs, about 12 min on 2 idle cores)
+the exam's interval is wide, about 0.15 either way.
+Run:    python -m experiments.catastrophic_probe --sweep      (4 runs, about 6 min on 2 idle cores)
 Expect: who learns more forgets more; at the same learning LoRA has forgotten no more than all weights
         have. The exam stays within its interval.
 """
@@ -70,14 +70,14 @@ class Config:
     rows: Callable[[], Rows] = corpora.alpaca_zh
     adapter: Adapter | None = Adapter()
     lr: float = 5e-4
-    warmup_steps: int = 3
-    steps: int = 24
+    warmup_steps: int = 2
+    steps: int = 16
     batch_size: int = 1
     length: int = 512
-    held_out: int = 24
-    windows: int = 4
+    held_out: int = 16
+    windows: int = 2
     exam: str = "quartz"
-    questions: int = 60
+    questions: int = 40
     measured: int = 2
     seed: int = 0
 
@@ -86,8 +86,7 @@ Change = dict[str, Any]
 METHODS: dict[str, Change] = {
     "LoRA, 5e-4": {"adapter": Adapter(), "lr": 5e-4},
     "LoRA, 2e-3": {"adapter": Adapter(), "lr": 2e-3},
-    "all weights, 5e-5": {"adapter": None, "lr": 5e-5},
-    "all weights, 2e-4": {"adapter": None, "lr": 2e-4},
+    "all weights, 1e-4": {"adapter": None, "lr": 1e-4},
 }
 
 
@@ -146,7 +145,7 @@ def losses(
 
 
 def curve(directory: Path) -> dict[str, float]:
-    """{"12/answers": ..., "24/answers": ...}: every evaluation of a training run, by its step."""
+    """{"8/answers": ..., "16/answers": ...}: every evaluation of a training run, by its step."""
     rows = [r for r in metrics.read(directory / "metrics.jsonl") if r["split"] == "eval"]
     names = ("answers", "general", *GENERAL)
     return {f"{row['step']}/{name}": row[name] for row in rows for name in names}

@@ -20,8 +20,8 @@ def made_up():
     for number, overrides in enumerate([*SWEEP, {"rows": "other"}]):
         config = override(BASE, overrides) if "rows" not in overrides else BASE
         if config.steps:
-            at = {12: losses(2.0 - 0.1 * number, 3.0 + 0.01 * number)}
-            at[24] = losses(2.0 - 0.2 * number, 3.0 + 0.05 * number)
+            at = {8: losses(2.0 - 0.1 * number, 3.0 + 0.01 * number)}
+            at[16] = losses(2.0 - 0.2 * number, 3.0 + 0.05 * number)
         else:
             at = {0: losses(2.0, 3.0)}
         metrics = {f"{step}/{name}": v for step, each in at.items() for name, v in each.items()}
@@ -37,19 +37,19 @@ def made_up():
 def test_learning_and_forgetting_are_changes_since_the_start():
     found = points(made_up())
     assert list(found) == list(METHODS)
-    assert found["LoRA, 5e-4"][12]["learned"].mean == pytest.approx(0.1)
-    assert found["LoRA, 5e-4"][24]["forgotten"].mean == pytest.approx(0.05)
-    last = found["all weights, 2e-4"][24]
-    assert last["learned"].mean == pytest.approx(0.8)
-    assert last["bible"].mean == pytest.approx(0.2) and last["bible"].count == 1
+    assert found["LoRA, 5e-4"][8]["learned"].mean == pytest.approx(0.1)
+    assert found["LoRA, 5e-4"][16]["forgotten"].mean == pytest.approx(0.05)
+    last = found["all weights, 1e-4"][16]
+    assert last["learned"].mean == pytest.approx(0.6)
+    assert last["bible"].mean == pytest.approx(0.15) and last["bible"].count == 1
 
 
 def test_table_and_figure():
     lines = catastrophic_probe.table(made_up()).splitlines()
     assert lines[0] == "| trained | steps | learned | forgotten | plays | bible | wiki | exam |"
     assert lines[2] == "| (before) | 0 | 2 | 3 | 4 | 4 | 4 | 0.50 (0.40–0.60) |"
-    assert lines[3] == "| LoRA, 5e-4 | 12 | 0.1 | 0.01 | 0.01 | 0.01 | 0.01 |  |"
-    assert lines[4].endswith("| 0.05 | 0.50 (0.40–0.60) |") and len(lines) == 11 + 3
+    assert lines[3] == "| LoRA, 5e-4 | 8 | 0.1 | 0.01 | 0.01 | 0.01 | 0.01 |  |"
+    assert lines[4].endswith("| 0.05 | 0.50 (0.40–0.60) |") and len(lines) == 9 + 3
     axes = catastrophic_probe.figure(made_up()).axes[0]
     np.testing.assert_allclose(axes.lines[1].get_xdata(), [0, 0.2, 0.4])
     np.testing.assert_allclose(axes.lines[1].get_ydata(), [0, 0.02, 0.1], atol=1e-12)
