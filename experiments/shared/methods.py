@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from research.adapters import bottleneck
+from research.adapters import bottleneck, prefix
 from research.objectives import with_penalty
 from research.train.optim import Finished, Optimizer
 from research.types import Array, Objective, Params
@@ -170,6 +170,22 @@ class Prompt(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class Prefix(Method):
+    """arXiv:2101.00190 with an MLP of `hidden` features; without one P-tuning v2, arXiv:2110.07602.
+
+    The papers' rates are 5e-5 and about 5e-3.
+    """
+
+    lr: float = 1e-3
+    length: int = 8
+    hidden: int | None = 512
+
+    def apply(self, model: Any, params: Params, rng: Array, steps: int) -> Adapted:
+        model, params = prefix.add(model, params, rng, self.length, self.hidden)
+        return Adapted(model, params, prefix.TRAINABLE, self.lr)
+
+
+@dataclasses.dataclass(frozen=True)
 class Bottleneck(Method):
     """Adapters of `size` features put in by `insert`, a function of `adapters.bottleneck`."""
 
@@ -192,6 +208,8 @@ METHODS: dict[str, Method] = {
     "BitFit": BitFit(),
     "prompt tuning": Prompt(),
     "P-tuning": Prompt(lr=1e-3, initial=prompt_encoder.lstm),  # arXiv:2103.10385
+    "prefix tuning": Prefix(),
+    "P-tuning v2": Prefix(lr=1e-2, hidden=None),
     # arXiv:1902.00751 (rates 3e-5 to 3e-3), arXiv:2005.00247, arXiv:2110.04366.
     "Houlsby adapters": Bottleneck(),
     "Pfeiffer adapters": Bottleneck(insert=bottleneck.pfeiffer, size=64),

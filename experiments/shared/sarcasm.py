@@ -6,16 +6,16 @@
 
 or, with any method of `methods` and one headline a row,
 
-    adapted = method.apply(loaded.model, loaded.params, rng, config.steps)
-    data = sarcasm.read_rows(loaded.tokenizer, 2000, 200, length=24, before=adapted.before)
+    adapted, data = sarcasm.prepare(config)
     params, found = sarcasm.adapt(adapted, data, config, directory)
 
 Chance is about one half. The split is the same whatever the seed of a run. `config` is the
-experiment's, with the fields of `Schedule` or of `Lesson`.
+experiment's, with the fields of `Schedule` or of `Task`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.shared.methods import Adapted
+from experiments.shared.methods import Adapted, Method
+from research import hub
 from research.data import corpora, packing, shuffle, source, supervised
+from research.hub.download import smollm2
 from research.objectives import next_token, states
 from research.train import metrics
 from research.train.loop import Training, fit
@@ -204,3 +206,27 @@ def adapt(
         }
     rows = config.batch_size
     return params, found | scores(adapted.model, params, data.test, data.labels, rows)
+
+
+@functools.cache
+def pretrained() -> Any:
+    """SmolLM2-135M-Instruct, read once a process."""
+    return hub.load(smollm2())
+
+
+class Task(Lesson, Protocol):
+    """What is learned besides, and by which method."""
+
+    method: Method
+    length: int
+    train: int
+    test: int
+
+
+def prepare(config: Task) -> tuple[Adapted, Headlines]:
+    """SmolLM2 ready to be trained by config.method, and the rows that it sees."""
+    loaded = pretrained()
+    rng = jax.random.fold_in(jax.random.key(config.seed), 1)
+    adapted = config.method.apply(loaded.model, loaded.params, rng, config.steps)
+    data = read_rows(loaded.tokenizer, config.train, config.test, config.length, adapted.before)
+    return adapted, data

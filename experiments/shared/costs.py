@@ -1,0 +1,101 @@
+"""What a training step costs, from its compiled program: memory, arithmetic, optimizer state.
+
+    Job(model, params, rule, objective_of, optimizer, batch).costs()
+
+Nothing is trained and no array is made: shapes are all that is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from research.models.decoder import unstack
+from research.train.optim import Finished, Optimizer
+from research.train.optim import optimizer as make_optimizer
+from research.train.partition import Rule, partition
+from research.train.state import TrainState, initial_state, training_rng
+from research.train.step import Step, make_step
+from research.types import Batch, Objective, Params, PyTree
+
+
+def step_and_state(
+    objective: Objective, optimizer: Optimizer | Finished, params: Params, rule: Rule
+) -> tuple[Step, TrainState, Params]:
+    """(step, the state before the first one, frozen leaves), as `train.loop.fit` makes them."""
+    trainable, frozen = partition(params, rule)
+    update = make_optimizer(optimizer, trainable)
+    return make_step(objective, update), initial_state(trainable, update, training_rng(0)), frozen
+
+
+def lowered(
+    objective: Objective, optimizer: Optimizer | Finished, params: Params, rule: Rule, batch: Batch
+) -> Any:
+    """The step as a program for these shapes, not yet compiled; the state is donated."""
+    shapes = lambda tree: jax.eval_shape(lambda: tree)  # noqa: E731
+    trainable, frozen = partition(shapes(params), rule)
+    update = make_optimizer(optimizer, trainable)
+    step = make_step(objective, update)
+    state = jax.eval_shape(lambda t: initial_state(t, update, training_rng(0)), trainable)
+    return jax.jit(step, donate_argnums=0).lower(state, frozen, None, shapes(batch))
+
+
+def memory_of(program: Any) -> dict[str, int]:
+    """Bytes of a compiled step's temporaries and of its arguments (parameters, state, batch).
+
+    Results lie in the donated state's place and need nothing more.
+    """
+    found = program.memory_analysis()
+    arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
+    return {
+        "temporary_bytes": temporaries,
+        "argument_bytes": arguments,
+        "peak_bytes": arguments + temporaries,
+    }
+
+
+def unscanned(model: Any) -> Any:
+    """The model with its layers one after another and nothing computed twice."""
+    return model.clone(config=dataclasses.replace(model.config, scan=False, remat=None))
+
+
+def state_bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a training step does: `objective_of(model)` for the leaves that `rule` matches."""
+
+    model: Any
+    params: Params
+    rule: Rule
+    objective_of: Callable[[Any], Objective]
+    optimizer: Optimizer | Finished
+    batch: Batch
+
+    def lowered(self, model: Any, params: Params) -> Any:
+        return lowered(self.objective_of(model), self.optimizer, params, self.rule, self.batch)
+
+    def memory(self) -> dict[str, int]:
+        """Of the step as it trains."""
+        return memory_of(self.lowered(self.model, self.params).compile())
+
+    def flops(self) -> float:
+        """Of the same step with a tree for each layer: of a scan's layers only one is counted."""
+        apart = jax.eval_shape(unstack, self.params)
+        return self.lowered(unscanned(self.model), apart).cost_analysis()["flops"]
+
+    def optimizer_bytes(self) -> int:
+        """What the optimizer keeps from one step to the next."""
+        trainable, _ = partition(jax.eval_shape(lambda: self.params), self.rule)
+        return state_bytes(
+            jax.eval_shape(make_optimizer(self.optimizer, trainable).init, trainable)
+        )
+
+    def costs(self) -> dict[str, float]:
+        kept = {"optimizer_bytes": self.optimizer_bytes()}
+        return self.memory() | {"flops": self.flops()} | kept
