@@ -32,9 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from research.paths import map_named, named_leaves, require_match
+from research.paths import named_leaves
 from research.types import Array, Mean, Params
-from research.weights.base import Call, Weight, dense, is_weight
+from research.weights.base import Call, Weight, change, is_weight, matrix_shape
 from research.weights.lora import LoRA
 
 TRAINABLE = r".*/(kernel|table)/(a|e|b)"  # the triplets, as a path rule for `partition`
@@ -88,36 +88,21 @@ def add(
     """Params with an AdaLoRA of `rank` triplets around every matrix whose path `rule` matches whole.
 
     The paper starts with 1.5 times the average rank it ends with. alpha defaults to `rank`. Factors
-    are float32. RuleError when the rule matches nothing, ValueError for a leaf that is not a matrix
-    or a rank below 1.
+    are float32. RuleError when the rule matches nothing, ValueError for a leaf that is not a matrix,
+    or a rank that is not in 1..min(in, out).
     """
     if rank < 1:
         raise ValueError(f"AdaLoRA needs a rank of at least 1, not {rank}")
-    names = [name for name, _ in named_leaves(params, is_leaf=is_weight)]
-    chosen = set(require_match(rule, names))
     scale = (rank if alpha is None else alpha) / rank
 
-    def wrap(name: str, leaf: Any) -> Any:
-        if name not in chosen:
-            return leaf
-        key = jax.random.fold_in(rng, names.index(name))
-        a, e, b = initial_triplets(name, jax.eval_shape(dense, leaf).shape, key, rank)
-        return AdaLoRA(leaf, a, e, b, scale, dropout)
+    def wrap(name: str, w: Any, number: int) -> AdaLoRA:
+        *layers, inner, outer = matrix_shape("AdaLoRA", name, w, rank)
+        left, right = jax.random.split(jax.random.fold_in(rng, number))
+        a = INIT_STD * jax.random.normal(left, (*layers, inner, rank))
+        b = INIT_STD * jax.random.normal(right, (*layers, rank, outer))
+        return AdaLoRA(w, a, jnp.zeros((*layers, rank)), b, scale, dropout)
 
-    return map_named(wrap, params, is_leaf=is_weight)
-
-
-def initial_triplets(name: str, shape: tuple, key: Array, rank: int) -> tuple[Array, Array, Array]:
-    """a [..., in, R], e [..., R] = 0 and b [..., R, out]."""
-    if len(shape) < 2 or not name.endswith(("/kernel", "/table")):
-        raise ValueError(
-            f"AdaLoRA stands on matrices (.../kernel or .../table), not {name} {shape}"
-        )
-    *layers, inner, outer = shape
-    left, right = jax.random.split(key)
-    a = INIT_STD * jax.random.normal(left, (*layers, inner, rank))
-    b = INIT_STD * jax.random.normal(right, (*layers, rank, outer))
-    return a, jnp.zeros((*layers, rank)), b
+    return change(params, rule, wrap)
 
 
 def remove(params: Params) -> Params:

@@ -146,12 +146,17 @@ def change(params: Params, rule: str, of: Callable[[str, Any, int], Any]) -> Par
     return map_named(apply, params, is_leaf=is_weight)
 
 
-def matrix_shape(method: str, name: str, w: Array | Weight) -> tuple[int, ...]:
-    """[..., in, out] of what stands at `name`; ValueError when it is not a matrix."""
+def matrix_shape(method: str, name: str, w: Array | Weight, rank: int = 1) -> tuple[int, ...]:
+    """[..., in, out] of what stands at `name`; ValueError when it is not a matrix, or has no product
+    of so high a `rank`."""
     shape = jax.eval_shape(dense, w).shape
     if len(shape) < 2 or not name.endswith(("/kernel", "/table")):
         raise ValueError(
             f"{method} stands on matrices (.../kernel or .../table), not {name} {shape}"
+        )
+    if rank > min(shape[-2:]):
+        raise ValueError(
+            f"{method} needs a rank of at most {min(shape[-2:])} for {name} {shape}, not {rank}"
         )
     return shape
 

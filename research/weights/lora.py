@@ -96,7 +96,7 @@ def add(
 
     rule: e.g. r".*/attention/(q|v)/kernel" or r".*/kernel|embed/table". alpha defaults to `rank`.
     Factors are float32; `initial` is one of `lora_init`. RuleError when the rule matches nothing,
-    ValueError for a leaf that is not a matrix or a rank below 1.
+    ValueError for a leaf that is not a matrix, or a rank that is not in 1..min(in, out).
     """
     if rank < 1:
         raise ValueError(f"LoRA needs a rank of at least 1, not {rank}")

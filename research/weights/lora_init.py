@@ -56,7 +56,7 @@ def beside(
     name: str, w: Any, key: Array, rank: int, draw: Callable[[Array, tuple], Array]
 ) -> tuple[Any, Array, Array]:
     """Factors of product zero beside an unchanged base; `draw` makes a kernel's a."""
-    *layers, inner, outer = matrix_shape("LoRA", name, w)
+    *layers, inner, outer = matrix_shape("LoRA", name, w, rank)
     if name.endswith("/table"):
         return w, jnp.zeros((*layers, inner, rank)), jax.random.normal(key, (*layers, rank, outer))
     return w, draw(key, (*layers, inner, rank)), jnp.zeros((*layers, rank, outer))
@@ -112,14 +112,10 @@ def olora(name: str, w: Any, key: Array, rank: int, scale: float) -> tuple[Any, 
 
 def own_matrix(method: str, name: str, w: Any, rank: int) -> Array:
     """w in float32; ValueError where its base cannot be changed or `rank` is more than it has."""
-    shape = matrix_shape(method, name, w)
+    matrix_shape(method, name, w, rank)
     if is_weight(w):
         raise ValueError(
             f"{method} changes the base, which must be an array; {name} is a {type(w).__name__}"
-        )
-    if rank > min(shape[-2:]):
-        raise ValueError(
-            f"{method} needs a rank of at most {min(shape[-2:])} for {name} {shape}, not {rank}"
         )
     return w.astype(jnp.float32)
 

@@ -108,10 +108,10 @@ def test_at_init_nothing_changes_and_only_e_has_a_gradient(params, key):
 
 
 def test_factors_begin_normal_and_each_layer_has_its_own(params, key):
-    w = query(adalora.add(params, QUERY, key, rank=400))
-    assert (w.a.shape, w.e.shape, w.b.shape) == ((3, 16, 400), (3, 400), (3, 400, 16))
+    w = query(adalora.add(params, QUERY, key, rank=16))
+    assert (w.a.shape, w.e.shape, w.b.shape) == ((3, 16, 16), (3, 16), (3, 16, 16))
     for factor in (w.a, w.b):
-        np.testing.assert_allclose(factor.std(), 0.02, rtol=0.02)
+        np.testing.assert_allclose(factor.std(), 0.02, rtol=0.1)
         assert np.abs(factor[0] - factor[1]).max() > 0.01
     assert np.abs(jnp.swapaxes(w.a, -1, -2) - w.b).max() > 0.01
 
@@ -220,5 +220,7 @@ def test_what_cannot_be_is_refused(params, key):
         adalora.add(params, r"final_norm/scale", key)
     with pytest.raises(ValueError, match="rank of at least 1, not 0"):
         adalora.add(params, ALL, key, rank=0)
+    with pytest.raises(ValueError, match=r"AdaLoRA needs a rank of at most \d+ for .*/q/kernel"):
+        adalora.add(params, QUERY, key, rank=1000)
     with pytest.raises(ValueError, match="no AdaLoRA among the parameters"):
         adalora.orthogonality()(params, None, key)

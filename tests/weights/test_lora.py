@@ -128,3 +128,5 @@ def test_bad_rules(params, key):
         lora.add(params, r"final_norm/scale", key)
     with pytest.raises(ValueError, match="rank of at least 1"):
         lora.add(params, ALL, key, rank=0)
+    with pytest.raises(ValueError, match=r"LoRA needs a rank of at most \d+ for .*/q/kernel"):
+        lora.add(params, r".*/q/kernel", key, rank=1000)

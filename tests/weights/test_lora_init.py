@@ -76,7 +76,7 @@ def test_fast_pissa_finds_the_singular_values_in_enough_iterations(key):
 
 
 def test_gaussian_has_deviation_one_over_the_rank_and_b_zero(key):
-    matrix = jnp.zeros((400, 5))
+    matrix = jnp.zeros((400, 60))
     same, a, b = lora_init.gaussian("x/kernel", matrix, key, 50, 1.0)
     assert same is matrix and not np.any(b)
     np.testing.assert_allclose([a.mean(), a.std() * 50], [0, 1], atol=0.02)
