@@ -1,10 +1,11 @@
 """What does instruction tuning cost elsewhere?  Biderman et al. 2024, "LoRA learns less and forgets less".
 
-arXiv:2405.09673, its plot of learning against forgetting, on a small real model: SmolLM2-135M-Instruct
-learns to answer in Chinese, which it was hardly taught, with LoRA at two rates or with all weights. Learning is the fall of the
-likelihood loss of held-out answers; forgetting is its rise on English text that has nothing to do with
-them (Shakespeare, the King James Bible, an encyclopedia), and an exam of English questions. Both are
-measured in the middle and at the end of the same steps.
+arXiv:2405.09673, its plot of learning against forgetting, on a small real model:
+SmolLM2-135M-Instruct learns to answer in Chinese, which it was hardly taught, with LoRA at two
+rates or with all weights. Learning is the fall of the loss of held-out answers; forgetting is its
+rise on English text that has nothing to do with them (Shakespeare, the King James Bible, an
+encyclopedia), and an exam of English questions. Both are measured in the middle and at the end of
+the same steps.
 
 Differs from the paper: 135M parameters, not 7B; Chinese rows, not code and mathematics; thousands of
 tokens, not billions, so that nothing converges; forgetting by likelihood, where the paper has

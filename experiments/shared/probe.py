@@ -6,7 +6,8 @@
 The idea is that of IFEval (Zhou et al. 2023, arXiv:2311.07911): no judge, only rules about form.
 The 24 instructions, 16 in English and 8 in Chinese, are made up here and ask for easy things, so the
 numbers compare models with each other and with nothing else. A rule sees the answer without the
-white space around it; that an answer is also true is not asked.
+white space around it; that an answer is also true, or of any use, is not asked, and a list counts
+whatever marks its items, a hyphen or a number.
 """
 
 from __future__ import annotations
