@@ -12,10 +12,11 @@ there, so bits a byte are what compares languages. One seed for time: a second w
 a difference below a few hundredths of a nat is chance (`--sweep --set seed=1`).
 Run:    python -m experiments.alpaca --sweep             (4 runs, about 12 min on 2 idle cores)
         python -m scripts.samples alpaca                 (what each model said to the probe)
-Expect: each language's rows help it most, and the other by more than half as much (English) or a third
-        (Chinese): 0.10, 0.06 and 0.21, 0.08 nats a token. Both together lose 0.01 of either. Of 24
-        Chinese questions 12 are answered in Chinese before, 18, 24 and 23 after. ROUGE-L and chrF rise in Chinese
-        and stay or fall in English; the probe's 24 instructions are too few to tell models apart.
+Expect: each language's rows help it most, and the other by more than half as much (English) or a
+        third (Chinese): 0.10, 0.06 and 0.21, 0.08 nats a token. Both together lose 0.01 of either.
+        Of 24 Chinese questions 12 are answered in Chinese before, 18, 24 and 23 after. ROUGE-L and
+        chrF rise in Chinese and stay or fall in English; the probe's 24 instructions are too few
+        to tell models apart.
 """
 
 from __future__ import annotations
