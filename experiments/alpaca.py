@@ -8,8 +8,9 @@ Differs from Alpaca: 135M parameters that are instruction-tuned in English alrea
 pretrained; LoRA, not all weights; about 1,000 rows a language with answers of a later model, not
 52,000 of text-davinci-003; the model's own chat template, not Alpaca's prompt. SmolLM2 was hardly
 taught Chinese, and its tokenizer cuts most Chinese characters into bytes: nats a token are easy
-there, so bits a byte are what compares languages. One seed for time: a second would say how much of
-a difference below a few hundredths of a nat is chance (`--sweep --set seed=1`).
+there, so bits a byte are what compares languages. One of the 40 English rows held out stands among
+the training rows too. One seed for time: a second would say how much of a difference below a few
+hundredths of a nat is chance (`--sweep --set seed=1`).
 Run:    python -m experiments.alpaca --sweep             (4 runs, about 12 min on 2 idle cores)
         python -m scripts.samples alpaca                 (what each model said to the probe)
 Expect: each language's rows help it most, and the other by more than half as much (English) or a

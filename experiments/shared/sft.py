@@ -51,10 +51,17 @@ class Schedule(Protocol):
     seed: int
 
 
-def split(items: Sequence[Item], held_out: int) -> tuple[list[Item], list[Item]]:
-    """(to train on, held out) in a mixed order that is always the same."""
+def split(
+    items: Sequence[Item], held_out: int, key: Callable[[Item], Any] | None = None
+) -> tuple[list[Item], list[Item]]:
+    """(to train on, held out) in a mixed order that is always the same.
+
+    With a `key` nothing is trained on whose key is that of something held out: data repeat themselves.
+    """
     order = shuffle.permutation(SPLIT_SEED, 0, len(items))
-    return [items[i] for i in order[held_out:]], [items[i] for i in order[:held_out]]
+    train, held = [items[i] for i in order[held_out:]], [items[i] for i in order[:held_out]]
+    seen = set() if key is None else {key(item) for item in held}
+    return [item for item in train if key is None or key(item) not in seen], held
 
 
 def packed(

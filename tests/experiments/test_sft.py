@@ -42,6 +42,13 @@ def test_the_split_is_whole_mixed_and_always_the_same():
     assert sft.split(list(range(100)), 10)[1] == held_out[:10]
 
 
+def test_nothing_is_trained_on_that_is_held_out_under_a_key():
+    train, held_out = sft.split(list(range(100)), 10, key=lambda item: item % 50)
+    assert held_out == sft.split(list(range(100)), 10)[1]
+    assert len(train) == 100 - len({item % 50 for item in held_out}) * 2
+    assert not {item % 50 for item in held_out} & {item % 50 for item in train}
+
+
 def test_likelihood_is_of_the_answers_their_ends_and_their_bytes(tiny):
     rows = [conversation(TEXTS[0], TEXTS[1]), conversation(TEXTS[1], TEXTS[2])]
     table = sft.packed(rows, lambda m: encode(tiny.tokenizer, m), 64)

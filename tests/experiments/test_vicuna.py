@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import vicuna
-from experiments.shared import small_lm
+from experiments.shared import sft, small_lm
 from experiments.vicuna import BASE, SWEEP, answers, every_token, turn_numbers, two_speakers
 from research.runs import override
 from research.runs.canonical import run_id, to_json
@@ -57,6 +57,14 @@ def test_every_conversation_fits_the_layout_and_has_two_answers():
     for _, messages in rows:
         roles = [m["role"] for m in two_speakers(messages) if m["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) >= 4
+
+
+@pytest.mark.data
+def test_nothing_that_begins_as_a_held_out_conversation_is_trained_on():
+    train, held_out = sft.split(vicuna.conversations(), BASE.held_out, vicuna.first_question)
+    first = {vicuna.first_question(row) for row in held_out}
+    assert len(held_out) == BASE.held_out and len(train) == 213
+    assert not first & {vicuna.first_question(row) for row in train}
 
 
 def made_up(tmp_path=None):
