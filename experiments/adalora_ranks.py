@@ -8,7 +8,9 @@ Differs from the paper: 135M parameters, not DeBERTaV3's 184M; 96 steps of 8 hea
 GLUE; one budget. The budget counts triplets, as there, and triplets of wide matrices have more
 parameters: what is left is counted too. Each method has its own rate.
 Run:    python -m experiments.adalora_ranks --sweep        (2 methods x 2 seeds, about 8 min on 2 idle cores)
-Expect: the paper's order, AdaLoRA before LoRA, and more ranks for feed-forward matrices and upper layers.
+Expect: not the paper's order: AdaLoRA behind from the first steps on (its E begin at 0) to the last.
+        Ranks in part as there: most for W v, W down and W up, the feed-forward ones in the upper layers,
+        W v in the lowest; least for W q and W k. Two seeds agree on that, less on single matrices.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ def table(rows: list[results.Row]) -> str:
     ]
     heads = ["method", "trained parameters", "of them at the end", "accuracy", "label nats"]
     seeds = min(len(group.rows) for group in found.values())
-    note = f"\n400 held-out headlines, mean over {seeds} seed{'s' * (seeds > 1)}; chance is 0.693 nats.\n"
+    note = f"\n{BASE.test} held-out headlines, mean over {seeds} seed{'s' * (seeds > 1)}; chance is 0.693 nats.\n"
     return markdown(heads, lines) + note + "\n" + by_matrix(ranks(rows))
 
 

@@ -107,7 +107,7 @@ def line(name: str, group: results.Group, full: results.Group | None) -> list[st
 HEADS = ["method", "trained", "share", "accuracy", "label nats", "peak MB", "of it temporary"]
 HEADS += ["optimizer MB", "GFLOP a step (of full)", "s a step"]
 NOTE = """
-{seeds} seeds, mean ± standard deviation; 200 held-out headlines; nats of the right one of the two label
+{seeds} seeds, mean ± standard deviation; {test} held-out headlines; nats of the right one of the two label
 words, of which chance has 0.693. Peak: arguments (weights, optimizer state, batch) and temporaries of
 the compiled step of {rows} rows. The median step's seconds were taken beside other work: they
 are rough, `scripts.bench_peft` compares steps side by side.
@@ -118,7 +118,7 @@ def table(rows: list[results.Row]) -> str:
     found = variants(rows)
     lines = [line(name, group, found.get("full")) for name, group in found.items()]
     seeds = min(len(group.rows) for group in found.values())
-    return markdown(HEADS, lines) + NOTE.format(seeds=seeds, rows=BASE.batch_size)
+    return markdown(HEADS, lines) + NOTE.format(seeds=seeds, test=BASE.test, rows=BASE.batch_size)
 
 
 def figure(rows: list[results.Row]) -> Figure:

@@ -72,7 +72,7 @@ def table(rows: list[results.Row]) -> str:
     ]
     heads = ["what trains", "rate", "parameters", "accuracy", "worst seed"]
     seeds = min(len(group.rows) for group in found.values())
-    note = f"\n200 held-out headlines, {seeds} seeds, mean ± standard deviation; chance is 0.693 nats.\n"
+    note = f"\n{BASE.test} held-out headlines, {seeds} seeds, mean ± standard deviation; chance is 0.693 nats.\n"
     return markdown([*heads, "label nats", "worst seed"], lines) + note
 
 
