@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models import decoder
+from research.models import arrange, decoder
 from research.models.attention import Attention
 from research.models.layers import GatedMlp, Linear
 from research.objectives import head_params, next_token, with_penalty
@@ -33,7 +33,7 @@ def batch(key):
         "targets": tokens[:, 1:],
         "weights": weights,
         "segment_ids": segments,
-        "positions": decoder.segment_positions(segments),
+        "positions": arrange.segment_positions(segments),
     }
 
 

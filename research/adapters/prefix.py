@@ -32,6 +32,8 @@ from research.models.decoder import Decoder, empty_cache
 from research.models.init import Normal
 from research.models.stack import layer
 from research.types import Array, Params
+from research.weights.base import row_count
+from research.weights.prompt_encoder import linear
 
 TRAINABLE = r"prefix/.*"
 
@@ -68,8 +70,14 @@ def add(
 
 def add_text(model: Decoder, params: Params, tokens: Array) -> tuple[Prefixed, Params]:
     """A prefix that begins as the activations of real words [P] (section 7.4 of the paper): before
-    it trains, the model is the base that has read them, windows apart. No MLP; otherwise as `add`."""
-    (P,) = tokens.shape
+    it trains, the model is the base that has read them, windows apart. No MLP, no dropout.
+
+    ValueError as of `add`, and for tokens that are no ids [P] of the vocabulary."""
+    tokens = jnp.asarray(tokens)
+    readable = row_count(params["embed"]["table"])
+    if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= readable:
+        raise ValueError(f"a prefix of words needs ids [P] in 0..{readable - 1}, not {tokens}")
+    P = tokens.size
     require_fit(model, params, P)
     stacked = not any(isinstance(node, tuple) for node in params.values())
     cache = empty_cache(model, 1, P, jnp.float32, stacked)
@@ -97,16 +105,6 @@ def require_fit(model: Decoder, params: Params, length: int) -> int:
         )
     K, H = sizes(model.config)
     return K * H
-
-
-def linear(rng: Array, fan_in: int, fan_out: int) -> Params:
-    """Kernel [in, out] and bias, uniform within 1/sqrt(in), as torch's layers begin."""
-    shapes = {"kernel": (fan_in, fan_out), "bias": (fan_out,)}
-    bound = fan_in**-0.5
-    return {
-        name: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-        for key, (name, shape) in zip(jax.random.split(rng), shapes.items(), strict=True)
-    }
 
 
 def axes(params: Params) -> Params:

@@ -61,7 +61,8 @@ class Prefixed(Decoder):
     ) -> Array | tuple[Array, Cache]:
         B, T = tokens.shape
         alone = one_segment(segment_ids)
-        whole = self._whole(self._begun(B, T) if cache is None else cache)
+        plain = positions is None and segment_ids is None  # else some may be padding
+        whole = self._whole(self._begun(B, T, plain) if cache is None else cache)
         states, whole = super().hidden(
             tokens, self._moved(positions), segment_ids, self._opened(mask, B), whole
         )
@@ -84,10 +85,13 @@ class Prefixed(Decoder):
         parts = jnp.broadcast_to(parts, (*parts.shape[:2], batch, *parts.shape[3:]))
         return dropout(self, parts, self.dropout)
 
-    def _begun(self, B: int, T: int) -> Cache:
-        """The cache of rows that are read at once; its index is a Python int, as kernels like it."""
+    def _begun(self, B: int, T: int, plain: bool) -> Cache:
+        """The cache of rows that are read at once; its index is a Python int, as kernels like it.
+
+        ValueError when `plain` tokens, all of them real, need more positions than there are.
+        """
         most, P = self.config.position.most, self.length * self.moves
-        if most is not None and most < P + T:
+        if plain and most is not None and most < P + T:
             raise ValueError(f"a prefix of {P} and {T} tokens are more than {most} positions")
         params = self.variables["params"]
         stacked = not any(isinstance(node, tuple) for node in params.values())

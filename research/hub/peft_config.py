@@ -71,8 +71,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         if config.get(name) not in allowed:
             raise CheckpointError(f"{where}: {name} = {config[name]!r}; expected one of {allowed}")
     for name in POSITIVE.get(kind, ()):
-        if not isinstance(config.get(name), int | float) or config[name] <= 0:
-            raise CheckpointError(f"{where}: {name} = {config.get(name)!r}; expected a number > 0")
+        value, whole = config.get(name), name != "lora_alpha"
+        fits = isinstance(value, int) or (isinstance(value, float) and not whole)
+        if not fits or isinstance(value, bool) or value <= 0:
+            wanted = "whole number" if whole else "number"
+            raise CheckpointError(f"{where}: {name} = {value!r}; expected a {wanted} > 0")
     return config
 
 

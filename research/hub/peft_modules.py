@@ -220,7 +220,9 @@ def refuse_under(directory: Any, path: str, method: str, node: Any) -> None:
     """CheckpointError when what `node` stands on is an adapter too."""
     if hasattr(node.base, "base"):
         under = type(node.base).__name__
-        raise CheckpointError(f"{directory}: {path} has a {method} on a {under}: merge one first")
+        raise CheckpointError(
+            f"{directory}: {path} has a {method} on a {under}: merge or remove one first"
+        )
 
 
 def refuse_others(

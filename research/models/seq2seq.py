@@ -25,6 +25,7 @@ from research.kernels.mask import Mask
 from research.kernels.select import attend_auto
 from research.models import decoder
 from research.models.additive import Sinusoidal
+from research.models.arrange import arrange, require_positions
 from research.models.attention import Cache, Inputs
 from research.models.cross import CrossInputs, CrossLayerCache, cross_mask
 from research.models.init import Rules, begin
@@ -130,7 +131,7 @@ class Seq2Seq(nn.Module):
     ) -> Array:
         """The states [B, S, D] of a source, whose tokens see all of their segment."""
         both_ways = Mask(causal=False)
-        mask, positions, _ = decoder.arrange(source, positions, segment_ids, both_ways, None)
+        mask, positions, _ = arrange(source, positions, segment_ids, both_ways, None)
         x = self._embedded(source, positions, segment_ids)
         return self.encoder(x, self._inputs(positions, mask))[0]
 
@@ -154,7 +155,7 @@ class Seq2Seq(nn.Module):
             memory, source_segment_ids = None, cache.source_segment_ids
         across = cross_mask(segment_ids, source_segment_ids, tokens, source)
         cross = Inputs(None, across, NoPosition(), self.config.attend)
-        mask, positions, past = decoder.arrange(tokens, positions, segment_ids, Mask(), cache)
+        mask, positions, past = arrange(tokens, positions, segment_ids, Mask(), cache)
         inputs = CrossInputs(self._inputs(positions, mask), cross, memory)
         x = self._embedded(tokens, positions, segment_ids)
         x, layers = self.decoder(x, inputs, None if past is None else past.layers)
@@ -170,7 +171,7 @@ class Seq2Seq(nn.Module):
         x = (self.embed(tokens) * config.width**0.5).astype(config.dtype)
         if self.position is not None:
             at = positions if segment_ids is None else jnp.where(segment_ids == 0, 0, positions)
-            decoder.require_positions(config.position.most, at)
+            require_positions(config.position.most, at)
             x += self.position(at).astype(x.dtype)
         return dropout(self, x, config.dropout)
 

@@ -89,15 +89,17 @@ class DoRA(Weight):
 
 
 def lengths(w: Array, a: Array, b: Array, scale: float) -> Array:
-    """The norms of the columns of w + scale a b, [..., out] float32; 1 for a column of zeros.
+    """The norms of the columns of w + scale a b, [..., out] float32; 1 for a column of zeros, and for
+    one of less than a thousandth of w's, whose digits the sum has lost.
 
     w [..., in, out], a [..., in, R], b [..., R, out]:
     |V_j|² = |W_j|² + 2 scale (Aᵀ W)_j · B_j + scale² (Aᵀ A B)_j · B_j.
     """
     w, thin = w.astype(jnp.float32), jnp.swapaxes(a, -1, -2)
     moved = 2 * scale * (thin @ w) + scale**2 * (thin @ a @ b)
-    squares = jnp.square(w).sum(axis=-2) + (moved * b).sum(axis=-2)
-    return jnp.sqrt(jnp.where(squares <= 0, 1, squares))
+    own = jnp.square(w).sum(axis=-2)
+    squares = own + (moved * b).sum(axis=-2)
+    return jnp.sqrt(jnp.where(squares <= 1e-6 * own, 1, squares))
 
 
 def add(

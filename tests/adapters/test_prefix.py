@@ -22,6 +22,7 @@ from research.decode.sampling import Sampling
 from research.decode.speculative import Lookup, speculate
 from research.kernels.mask import Mask
 from research.models import decoder
+from research.models.additive import Learned
 from research.models.families.chatglm import chatglm
 from research.models.families.llama import llama
 from research.models.layers import Mlp
@@ -137,6 +138,22 @@ def test_padding_on_either_side_changes_nothing(params):
             found = logits(model, tuned, padded, segment_ids=jnp.asarray(real))
             found = found[:, sides[0] : sides[0] + TEXT.shape[1]]
             np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_padding_needs_no_position(key):
+    base = changed(position=Learned(16), max_length=16)
+    model, tuned = prefix.add_text(base, decoder.init(base, key), WORDS[0])
+    padded, real = (np.pad(a, ((0, 0), (0, 6))) for a in (TEXT, np.ones_like(TEXT)))
+    found = logits(model, tuned, padded, segment_ids=jnp.asarray(real))[:, : TEXT.shape[1]]
+    np.testing.assert_allclose(found, logits(model, tuned), atol=1e-5)
+    with pytest.raises(ValueError, match="a prefix of 4 and 16 tokens are more than 16 positions"):
+        logits(model, tuned, padded)
+
+
+def test_words_that_are_no_ids_are_refused(params):
+    for wrong in (WORDS, WORDS[0] + 40, WORDS[0, :0]):
+        with pytest.raises(ValueError, match=r"a prefix of words needs ids \[P\] in 0..39"):
+            prefix.add_text(MODEL, params, wrong)
 
 
 def test_a_window_does_not_hide_the_prefix(key):

@@ -167,7 +167,7 @@ def change_config(copy, **fields):
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not supported"),
         ({"bias": "all"}, r"bias = 'all'; expected one of \('none'"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights = 'pissa'; expected one of"),
-        ({"r": None}, r"r = None; expected a number > 0"),
+        ({"r": None}, r"r = None; expected a whole number > 0"),
     ],
 )
 def test_adapters_of_other_kinds(base, copy, fields, message):
@@ -232,7 +232,9 @@ def test_what_cannot_be_saved(base, key, tmp_path):
     with pytest.raises(CheckpointError, match="has no adapter to save: none of LoRA, DoRA"):
         hub.save_adapter(tmp_path / "out", base)
     twice = adapted(adapted(base, key), key)
-    with pytest.raises(CheckpointError, match="q/kernel has a LoRA on a LoRA: merge one first"):
+    with pytest.raises(
+        CheckpointError, match="q/kernel has a LoRA on a LoRA: merge or remove one first"
+    ):
         hub.save_adapter(tmp_path / "out", twice)
     tied = adapted(hub.load(FIXTURES / "tiny_llama/tied_biased"), key, r"embed/table")
     with pytest.raises(CheckpointError, match="tied to the head"):

@@ -112,7 +112,9 @@ def test_a_network_is_written_as_the_rows_that_it_gives(name, key, tmp_path):
     "fields, message",
     [
         ({"num_virtual_tokens": 4}, r"prompt_embeddings \[3, 16\]; expected \[4, 16\]"),
-        ({"num_virtual_tokens": None}, r"num_virtual_tokens = None; expected a number > 0"),
+        ({"num_virtual_tokens": None}, r"num_virtual_tokens = None; expected a whole number > 0"),
+        ({"num_virtual_tokens": 2.5}, r"num_virtual_tokens = 2.5; expected a whole number > 0"),
+        ({"num_virtual_tokens": True}, r"num_virtual_tokens = True; expected a whole number > 0"),
         ({"num_transformer_submodules": 2}, r"num_transformer_submodules = 2; expected one of"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = .* is not supported"),
     ],
@@ -139,7 +141,7 @@ def test_what_would_be_lost_beside_a_prompt_is_refused(key, tmp_path):
     twice = prompt.add(model.params, key, length=2)
     for params, message in [
         (both, "table holds a Prompt, which is not written beside LoRA"),
-        (twice, "embed/table has a prompt on a Prompt: merge one first"),
+        (twice, "embed/table has a prompt on a Prompt: merge or remove one first"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             hub.save_adapter(tmp_path / "out", dataclasses.replace(model, params=params))

@@ -14,7 +14,7 @@ from research.decode import PromptError, Sampling, generate
 from research.decode.beam import Beams, beam_search
 from research.decode.speculative import speculate
 from research.kernels.mask import Mask
-from research.models import decoder
+from research.models import arrange, decoder
 from research.models.block import DeepNorm, NormedResidual
 from research.models.families import ConfigError, chatglm, glm, read
 from research.models.prefix import PrefixRope2d
@@ -91,7 +91,7 @@ def test_positions_and_prefix_by_hand():
     tokens, segments = padded(ROWS[:2], left=1)
     at, mask, context = scheme.place(
         jnp.asarray(tokens),
-        decoder.segment_positions(jnp.asarray(segments)),
+        arrange.segment_positions(jnp.asarray(segments)),
         Mask(query_segments=jnp.asarray(segments), key_segments=jnp.asarray(segments)),
         None,
     )

@@ -11,7 +11,7 @@ import pytest
 from research.kernels.attend import reference
 from research.kernels.mask import Mask
 from research.kernels.select import kernel_name
-from research.models import decoder
+from research.models import arrange, decoder
 from research.models.families.llama import llama
 from research.models.layers import GatedMlp
 from research.paths import named_leaves
@@ -69,10 +69,17 @@ def test_embeddings_are_scaled_where_they_are_read_and_not_in_a_tied_head(params
     larger = {**params, "embed": {"table": params["embed"]["table"] * 3}}
     np.testing.assert_allclose(apply(params, tokens, scaled), apply(larger, tokens), atol=1e-5)
     tied = dataclasses.replace(CONFIG, head=None)
+    params = {name: node for name, node in params.items() if name != "head"}
     states = apply(params, tokens, decoder.Decoder(tied), method="hidden")
     shrunk = {**params, "embed": {"table": params["embed"]["table"] / 3}}
     got = apply(shrunk, tokens, decoder.Decoder(dataclasses.replace(tied, embed_scale=3.0)))
     np.testing.assert_allclose(got, states @ shrunk["embed"]["table"].T, atol=1e-4)
+
+
+def test_parameters_that_no_part_reads_are_refused_by_name(params, tokens):
+    tied = decoder.Decoder(dataclasses.replace(CONFIG, head=None))
+    with pytest.raises(ValueError, match=r"a Decoder does not read the parameters \['head'\]"):
+        apply(params, tokens, tied)
 
 
 def test_runs_without_jit(params, tokens):
@@ -157,7 +164,7 @@ def test_padding_changes_nothing_that_is_real(params, tokens):
 def test_segment_positions_by_hand():
     segments = jnp.array([[0, 0, 1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 2, 3, 3, 3]])
     want = [[0, 1, 0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0, 1, 2]]
-    np.testing.assert_array_equal(decoder.segment_positions(segments), want)
+    np.testing.assert_array_equal(arrange.segment_positions(segments), want)
 
 
 def test_hidden_and_project_are_the_two_halves(params, tokens):

@@ -107,3 +107,13 @@ def test_it_stands_on_another_weight(key):
     w = dora.add({"x": {"kernel": inner}}, "x/kernel", key, rank=2)["x"]["kernel"]
     np.testing.assert_allclose(w.dense(), matrix + 1, atol=1e-6)
     assert isinstance(w.base, lora.LoRA)
+
+
+def test_a_column_that_its_update_cancels_has_length_one(key):
+    node = example(key)
+    update = node.scale * node.a @ node.b
+    cancelled = node.replace(base=node.base.at[:, 2].set(-update[:, 2]))
+    lengths = dora.lengths(cancelled.base, node.a, node.b, node.scale)
+    assert lengths[2] == 1
+    want = jnp.linalg.norm(cancelled.base + update, axis=0)
+    np.testing.assert_allclose(np.delete(lengths, 2), np.delete(want, 2), rtol=1e-5)
