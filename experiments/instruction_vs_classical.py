@@ -155,14 +155,15 @@ def figure(rows: list[results.Row]) -> Figure:
     panels = drawing.subplots(1, 2)
     titles = ("accuracy on held-out headlines", "other questions, nats of the answer")
     for axes, name, title in zip(panels, ("accuracy", "other_nll"), titles, strict=True):
-        for form in FORMS:
+        for colour, form in enumerate(FORMS):
             groups = [(size, g) for (f, size), g in found.items() if f == form]
             points = [(s, g.statistic(name)) for s, g in groups if name in g.rows[0]["metrics"]]
             if points:
                 sizes, scores = zip(*points, strict=True)
                 spread = [s.std or 0 for s in scores]
                 means = [s.mean for s in scores]
-                axes.errorbar(sizes, means, yerr=spread, marker="o", capsize=3, label=form)
+                look = {"marker": "o", "capsize": 3, "color": f"C{colour}", "label": form}
+                axes.errorbar(sizes, means, yerr=spread, **look)
         axes.set_xscale("symlog", linthresh=16)
         axes.set_xticks(list(SIZES.values()), labels=list(SIZES))
         axes.minorticks_off()

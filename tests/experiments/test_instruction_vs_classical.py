@@ -41,3 +41,5 @@ def test_table_and_figure():
     assert [text.get_text() for text in left.get_legend().get_texts()] == list(FORMS)
     assert list(left.containers[0].lines[0].get_xdata()) == [16, 64, 256]
     assert list(right.containers[1].lines[0].get_ydata()) == pytest.approx([0.69, 0.66, 0.63, 0.6])
+    colours = [[c.lines[0].get_color() for c in axes.containers] for axes in (left, right)]
+    assert colours[1] == colours[0][1:] and len(set(colours[0])) == 3
