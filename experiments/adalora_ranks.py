@@ -117,7 +117,9 @@ def by_matrix(grid: dict[str, np.ndarray]) -> str:
 
 def ranks(rows: list[results.Row]) -> dict[str, np.ndarray]:
     """{"q": [L], ..., "down": [L]}: AdaLoRA's final ranks, mean over seeds, in the order of a block."""
-    group = next(group for name, group in variants(rows).items() if name.startswith("AdaLoRA"))
+    group = next((g for name, g in variants(rows).items() if name.startswith("AdaLoRA")), None)
+    if group is None:
+        raise ValueError("there is no row of AdaLoRA yet, whose ranks could be shown")
     by_seed = [row["metrics"]["ranks"] for row in group.rows]
     order = ["q", "k", "v", "o", "gate", "up", "down"]
     paths = sorted(by_seed[0], key=lambda path: order.index(path.split("/")[-2]))

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments.shared.cells import markdown
-from experiments.shared.costs import lowered, memory_of, step_and_state
+from experiments.shared.costs import beginning, lowered, memory_of
 from experiments.shared.methods import METHODS, Adapted
 from research import hub
 from research.data import packing, source, supervised
@@ -49,7 +49,7 @@ def prepared(adapted: Adapted, batch: Batch) -> tuple[Step, dict[str, int]]:
     objective = adapted.penalised(next_token(adapted.model))
     optimizer = adapted.finished(AdamW(1e-6))
     program = lowered(objective, optimizer, adapted.params, adapted.rule, batch).compile()
-    _, state, frozen = step_and_state(objective, optimizer, adapted.params, adapted.rule)
+    state, frozen = beginning(optimizer, adapted.params, adapted.rule)
 
     def step() -> float:
         nonlocal state

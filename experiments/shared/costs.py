@@ -18,29 +18,26 @@ from research.train.optim import Finished, Optimizer
 from research.train.optim import optimizer as make_optimizer
 from research.train.partition import Rule, partition
 from research.train.state import TrainState, initial_state, training_rng
-from research.train.step import Step, make_step
+from research.train.step import make_step
 from research.types import Batch, Objective, Params, PyTree
 
 
-def step_and_state(
-    objective: Objective, optimizer: Optimizer | Finished, params: Params, rule: Rule
-) -> tuple[Step, TrainState, Params]:
-    """(step, the state before the first one, frozen leaves), as `train.loop.fit` makes them."""
+def beginning(
+    optimizer: Optimizer | Finished, params: Params, rule: Rule
+) -> tuple[TrainState, Params]:
+    """(the state before the first step, frozen leaves), as `train.loop.fit` makes them."""
     trainable, frozen = partition(params, rule)
-    update = make_optimizer(optimizer, trainable)
-    return make_step(objective, update), initial_state(trainable, update, training_rng(0)), frozen
+    return initial_state(trainable, make_optimizer(optimizer, trainable), training_rng(0)), frozen
 
 
 def lowered(
     objective: Objective, optimizer: Optimizer | Finished, params: Params, rule: Rule, batch: Batch
 ) -> Any:
     """The step as a program for these shapes, not yet compiled; the state is donated."""
-    shapes = lambda tree: jax.eval_shape(lambda: tree)  # noqa: E731
-    trainable, frozen = partition(shapes(params), rule)
-    update = make_optimizer(optimizer, trainable)
-    step = make_step(objective, update)
-    state = jax.eval_shape(lambda t: initial_state(t, update, training_rng(0)), trainable)
-    return jax.jit(step, donate_argnums=0).lower(state, frozen, None, shapes(batch))
+    state, frozen = jax.eval_shape(lambda p: beginning(optimizer, p, rule), params)
+    step = make_step(objective, make_optimizer(optimizer, state.trainable))
+    shapes = jax.eval_shape(lambda: batch)
+    return jax.jit(step, donate_argnums=0).lower(state, frozen, None, shapes)
 
 
 def memory_of(program: Any) -> dict[str, int]:

@@ -89,8 +89,8 @@ def read_rows(
 ) -> Headlines:
     """One headline a row, for methods that cannot tell packed ones apart.
 
-    Only headlines of at most `length` tokens, question and label included, are taken: the first
-    `test` of them, and the next `train`. Tokens `before` (those of a soft prompt) are put in front of
+    Only headlines that fit in `length` tokens with the question are taken (a row does not read the
+    label): the first `test` of them, and the next `train`. Tokens `before` (those of a soft prompt) are put in front of
     each; a row has `length` more than them. ValueError when there are too few.
     """
     labels, found = label_tokens(tokenizer), []
@@ -129,15 +129,17 @@ def example(
 def hits(model: Any, params: Params, batch: Any, labels: Array) -> tuple[Array, Array, Array]:
     """Correct answers, nats of the right one, and answers, in a batch.
 
-    Between the two label words: the likelier one counts, and their probabilities sum to 1.
+    Between the two label words: the likelier one counts, and their probabilities sum to 1; another
+    target has infinite nats.
     """
     hidden = states(model, params, batch)
     words = base.take(params["embed"]["table"], labels)
     scores = hidden @ words.T
     said = labels[jnp.argmax(scores, axis=-1)]
     asked, own = batch["weights"] != 0, batch["targets"][..., None] == labels
-    log_probs = jnp.where(own, jax.nn.log_softmax(scores, axis=-1), 0).sum(-1)
-    return (asked & (said == batch["targets"])).sum(), -(asked * log_probs).sum(), asked.sum()
+    log_probs = jnp.where(own, jax.nn.log_softmax(scores, axis=-1), -jnp.inf).max(-1)
+    nats = jnp.where(asked, -log_probs, 0).sum()
+    return (asked & (said == batch["targets"])).sum(), nats, asked.sum()
 
 
 def scores(
@@ -202,7 +204,7 @@ def adapt(
         ]
         found = {
             "trainable_parameters": sum(x.size for x in jax.tree.leaves(fitted.state.trainable)),
-            "s_per_step": median(row["s_per_step"] for row in steps[1:]),
+            "s_per_step": median(row["s_per_step"] for row in steps[1:] or steps),
         }
     rows = config.batch_size
     return params, found | scores(adapted.model, params, data.test, data.labels, rows)

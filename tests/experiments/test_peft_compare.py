@@ -31,7 +31,9 @@ def made_up():
 
 
 def test_table_and_figure():
-    lines = peft_compare.table(made_up()).splitlines()
+    table = peft_compare.table(made_up())
+    assert "\n2 seeds, mean" in table
+    lines = table.splitlines()
     cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in lines[2:]}
     assert cells["nothing"][:4] == ["0", "0.000%", "0.6", "0.5"]
     assert cells["nothing"][4:] == ["–", "–", "–", "–", "– |"]
