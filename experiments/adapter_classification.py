@@ -8,7 +8,7 @@ half.
 
 Differs from the paper: 6 layers of a decoder, not BERT; the states' mean is read, not a [CLS] token;
 1,280 headlines seen once, not epochs until convergence; one rate for each of head, adapters and all
-weights, with no search: a few single trials on the same test headlines set the rates, and the pooling
+weights, with no search: a few single trials on other headlines set the rates, and the pooling
 (the last token's state gave 0.53 to 0.57 in 40 steps where the mean gave 0.74). Headlines are cut
 after 24 tokens (99 % have 26 or fewer). A standard error of the 400 test headlines is 0.02.
 Run:    python -m experiments.adapter_classification --sweep   (7 methods x 2 seeds, about 8 min)

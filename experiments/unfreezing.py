@@ -10,7 +10,7 @@ encyclopedia text.
 Differs from the paper: a decoder of 6 layers with a fresh head on its states' mean, not an LSTM; no
 tuning on the task's text before; a depth is unfrozen every 4 steps, not every epoch, and the rate is a
 cosine with warmup, not a slanted triangle; 640 headlines. The peak rate is the last depth's, one for
-each strategy: those of all weights and of the head were tried once, on the same test headlines, the
+each strategy: those of all weights and of the head were tried once, on other headlines, the
 others not at all. A standard error of the 400 test headlines is 0.02.
 Run:    python -m experiments.unfreezing --sweep               (6 strategies x 2 seeds, about 8 min)
 Expect: all strategies within a few points on the task; discriminative rates and unfreezing cost general

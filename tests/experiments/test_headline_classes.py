@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.shared import headline_classes, sarcasm
+from experiments.shared import headline_classes
+from research.data import corpora, shuffle
 from research.data.corpora import Headline
 from research.models import decoder
 from research.models.families.llama import llama
@@ -23,20 +24,17 @@ def test_rows_have_a_label_and_long_headlines_end():
 
 
 @pytest.mark.data
-def test_the_test_headlines_are_those_of_sarcasm_and_none_is_trained_on():
-    train, test = headline_classes.split(30, 20)
-    assert len(train) == 30 and len(test) == 20 and not set(train) & set(test)
-    longer, same = headline_classes.split(60, 20)
-    assert same == test and longer[:30] == train
-
-    class Letters:
-        def encode(self, text):
-            labels = {word: [n] for n, word in enumerate(sarcasm.LABELS, start=1)}
-            return labels.get(text) or [3 + ord(letter) % 90 for letter in text]
-
-    data = sarcasm.read(Letters(), train=30, test=20, length=300)
-    first = data.test["targets"][data.test["weights"] != 0]
-    assert sorted(first) == sorted(1 + headline.sarcastic for headline in test)
+def test_the_last_headlines_are_tested_on_and_none_of_them_is_trained_on():
+    train, test = headline_classes.split(1280, 400)
+    assert len(train) == 1280 and len(test) == 400
+    assert not {h.text for h in train} & {h.text for h in test}
+    longer, same = headline_classes.split(2000, 400)
+    assert same == test and longer[:1280] == train
+    headlines = corpora.headlines()
+    order = shuffle.permutation(headline_classes.SPLIT_SEED, 0, len(headlines))
+    assert test[-1] == headlines[order[-1]] and train[0] == headlines[order[0]]
+    with pytest.raises(ValueError, match="30000 and 400 headlines were asked for"):
+        headline_classes.split(30_000, 400)
 
 
 def test_accuracy_counts_every_headline_once():
