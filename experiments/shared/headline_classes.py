@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from experiments.shared.lesson import Lesson
 from experiments.shared.sarcasm import SPLIT_SEED
 from research.data import corpora, labelled, shuffle, source
 from research.data.corpora import Headline
@@ -30,14 +31,6 @@ from research.train.partition import Rule
 from research.types import Array, Params
 
 HEAD = heads.Head(2, heads.masked_mean)
-
-
-class Steps(Protocol):
-    """What a config says of training. A step sees batch_size headlines."""
-
-    steps: int
-    batch_size: int
-    seed: int
 
 
 class Classes(NamedTuple):
@@ -106,7 +99,7 @@ def tune(
     rule: Rule,
     optimizer: Optimizer,
     data: Classes,
-    config: Steps,
+    config: Lesson,
     directory: Path,
 ) -> tuple[Params, dict[str, float]]:
     """Trains the leaves that `rule` selects: all parameters, and accuracy with what was trained.

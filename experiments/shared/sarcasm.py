@@ -10,12 +10,11 @@ or, with any method of `methods` and one headline a row,
     params, found = sarcasm.adapt(adapted, data, config, directory)
 
 Chance is about one half. The split is the same whatever the seed of a run. `config` is the
-experiment's, with the fields of `Schedule` or of `Task`.
+experiment's, with the fields of `lesson.Schedule` or of `Task`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.shared.first_layers import smollm2_instruct
+from experiments.shared.lesson import Lesson, Schedule
 from experiments.shared.methods import Adapted, Method
-from research import hub
 from research.data import corpora, packing, shuffle, source, supervised
-from research.hub.download import smollm2
 from research.objectives import next_token, states
 from research.train import metrics
 from research.train.loop import Training, fit
@@ -41,25 +40,6 @@ from research.weights import base
 SPLIT_SEED = 0
 QUESTION = "\nSarcastic? Answer:"
 LABELS = (" no", " yes")
-
-
-class Schedule(Protocol):
-    """What a config says of training. A step sees batch_size packed rows."""
-
-    lr: float
-    warmup_steps: int
-    steps: int
-    batch_size: int
-    seed: int
-
-
-class Lesson(Protocol):
-    """The same where the rate is the method's."""
-
-    warmup_steps: int
-    steps: int
-    batch_size: int
-    seed: int
 
 
 class Headlines(NamedTuple):
@@ -210,12 +190,6 @@ def adapt(
     return params, found | scores(adapted.model, params, data.test, data.labels, rows)
 
 
-@functools.cache
-def pretrained() -> Any:
-    """SmolLM2-135M-Instruct, read once a process."""
-    return hub.load(smollm2())
-
-
 class Task(Lesson, Protocol):
     """What is learned besides, and by which method."""
 
@@ -227,7 +201,7 @@ class Task(Lesson, Protocol):
 
 def prepare(config: Task) -> tuple[Adapted, Headlines]:
     """SmolLM2 ready to be trained by config.method, and the rows that it sees."""
-    loaded = pretrained()
+    loaded = smollm2_instruct()
     rng = jax.random.fold_in(jax.random.key(config.seed), 1)
     adapted = config.method.apply(loaded.model, loaded.params, rng, config.steps)
     data = read_rows(loaded.tokenizer, config.train, config.test, config.length, adapted.before)

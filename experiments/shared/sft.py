@@ -7,7 +7,7 @@
     sft.likelihood(tuned, sft.packed(held_out, ...), rows=2).per_token
 
 The held-out rows are the same ones whatever a run's seed. `config` is the experiment's, with the
-fields of `Schedule`.
+fields of `lesson.Schedule`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
+from experiments.shared.lesson import Schedule
 from research import hub
 from research.data import corpora, packing, shuffle, source, supervised
 from research.decode.generate import generate
 from research.decode.sampling import Sampling
 from research.evaluate import choice, nll
 from research.evaluate.nll import Likelihood
+from research.evaluate.prompting import Template
 from research.objectives import next_token
 from research.tokenize import chat
 from research.train.loop import Training, fit
@@ -39,16 +41,6 @@ SPLIT_SEED = 0
 LINEAR = r"stack_0/.*/kernel"  # every matrix of a block
 Conversation = tuple[str, list[dict[str, Any]]]
 Item = TypeVar("Item")
-
-
-class Schedule(Protocol):
-    """What a config says of training. A step sees batch_size packed rows."""
-
-    lr: float
-    warmup_steps: int
-    steps: int
-    batch_size: int
-    seed: int
 
 
 def split(
@@ -138,11 +130,9 @@ def likelihood(pretrained: hub.Pretrained, table: packing.Table, rows: int) -> L
 
 def exam(pretrained: hub.Pretrained, name: str, questions: int) -> choice.Proportion:
     """Multiple choice by log p a byte, over the first questions of an exam of `corpora.EXAMS`."""
-    encode = pretrained.tokenizer.encode
+    encode, template = pretrained.tokenizer.encode, Template()
     asked = [
-        choice.question(
-            encode, f"Question: {q.question}\nAnswer:", [f" {o}" for o in q.options], q.answer
-        )
+        choice.question(encode, template.prompt(q.question), template.options(q), q.answer)
         for q in corpora.multiple_choice(name)[:questions]
     ]
     return choice.multiple_choice(pretrained.model, pretrained.params, asked).per_byte

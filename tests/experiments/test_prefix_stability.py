@@ -8,8 +8,9 @@ from research.runs.canonical import run_id, to_json
 
 def made_up():
     rows = []
-    for number, overrides in enumerate(SWEEP):
+    for overrides in SWEEP:
         config = override(BASE, overrides)
+        number = 3 * (config.method != BASE.method) + config.seed
         metrics = {"accuracy": 0.5 + 0.1 * number, "nll": 0.9 - 0.1 * config.seed}
         metrics["trainable_parameters"] = 92_160
         rows.append(
