@@ -56,9 +56,9 @@ def stream(
     whose positions end, and for the filters that look at the whole past; PromptError as `generate`.
     """
     require_endless(model.config, sampling)
+    sampling.check_ids(model.config.vocab_size)
     context, missing = model.config.max_length, model.config.position.missing
     check_prompts(prompts, readable(params), context, 0, missing, model.before)
-    sampling.check_ids(model.config.vocab_size)
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
     return _stream(model, params, prompts, row_keys(rng, len(prompts)), sampling, every)

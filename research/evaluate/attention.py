@@ -37,21 +37,21 @@ def capture(model: Decoder, params: Params, tokens: Array) -> tuple[Array, Array
 
     weights[l, n, i, j] is what head n of layer l gives to token j when token i looks; layers in the
     order in which they run. Any family, stacked or unstacked parameters. ValueError for tokens of
-    another shape, for ids that the embedding has no row for, where layers differ in their number of heads, and
-    for a layer that looks without the config's `attend` (LinearAttention; StreamingAttention with
-    sinks).
+    another shape, for ids that the embedding has no row for, where layers differ in their number of
+    heads, and for a layer that looks without the config's `attend` (LinearAttention;
+    StreamingAttention with sinks).
     """
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 1 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be ids [T], T > 0; got {tokens.dtype} {tokens.shape}")
+    heads = [b.attention.heads for stack in model.config.stacks for b in stack.pattern]
+    if len(set(heads)) > 1:
+        raise ValueError(f"all layers must have the same number of heads; a cycle's have {heads}")
     ids = row_count(params["embed"]["table"])
     if tokens.min() < 0 or tokens.max() >= ids:
         raise ValueError(
             f"tokens must be in 0..{ids - 1}; they go from {tokens.min()} to {tokens.max()}"
         )
-    heads = [b.attention.heads for stack in model.config.stacks for b in stack.pattern]
-    if len(set(heads)) > 1:
-        raise ValueError(f"all layers must have the same number of heads; a cycle's have {heads}")
     return _capture(model, params, tokens)
 
 

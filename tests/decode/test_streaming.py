@@ -82,6 +82,7 @@ def test_the_state_does_not_grow_and_logits_stay_finite(name):
 
 
 def test_what_must_end_is_refused_before_anything_is_read():
+    params = {"embed": {"table": jnp.zeros((BASE.vocab_size, 1))}}  # nothing else is looked at
     block = BASE.stacks[0].pattern[0]
     mixed = dataclasses.replace(BASE, stacks=(decoder.Stack(1, (LINEAR, LINEAR, block)),))
     learned = dataclasses.replace(CONFIGS["sinks"], position=Learned(16))
@@ -95,10 +96,10 @@ def test_what_must_end_is_refused_before_anything_is_read():
         (sinks, Sampling(banned_ids=(50,)), "banned_ids holds 50"),
     ]:
         with pytest.raises(ValueError, match=message):
-            stream(decoder.Decoder(config), {}, PROMPTS, RNG, sampling)
+            stream(decoder.Decoder(config), params, PROMPTS, RNG, sampling)
     with pytest.raises(PromptError, match="prompt 0 has 17 tokens"):
-        stream(decoder.Decoder(sinks), {}, [[1] * 17], RNG)
+        stream(decoder.Decoder(sinks), params, [[1] * 17], RNG)
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-        stream(decoder.Decoder(sinks), {}, PROMPTS, RNG, every=0)
+        stream(decoder.Decoder(sinks), params, PROMPTS, RNG, every=0)
     with pytest.raises(ValueError, match="expected one key or 2 keys"):
-        stream(decoder.Decoder(sinks), {}, PROMPTS, jax.random.split(RNG, 3))
+        stream(decoder.Decoder(sinks), params, PROMPTS, jax.random.split(RNG, 3))

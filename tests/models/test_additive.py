@@ -75,6 +75,7 @@ def test_what_is_added_is_added_to_the_embeddings(params, tokens, scheme):
     row = tokens[0, :5]
     blind = decoder.Decoder(dataclasses.replace(CONFIG, position=NoPosition(), vocab_size=5))
     inside = {**params, "embed": {"table": params["embed"]["table"][row] + added[:5]}}
+    del inside["position"]
     want = apply(inside, jnp.arange(5)[None], blind, method="hidden")
     np.testing.assert_allclose(apply(params, row[None], model, method="hidden"), want, atol=1e-5)
 
