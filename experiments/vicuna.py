@@ -15,8 +15,9 @@ tools takes the place of the system prompt. One seed for time: two would tell di
 hundredths of a nat from chance (`--sweep --set seed=1`).
 Run:    python -m experiments.vicuna --sweep             (3 runs, about 9 min on 2 idle cores)
         python -m scripts.samples vicuna                 (the same conversation with each model)
-Expect: the first answers gain most, for the layout is new. Loss on every token is a few hundredths
-        behind at each answer, and learns the rest too.
+Expect: answers fall from 1.24 nats a token to 1.04, the first two by 0.23 and 0.27, later ones by 0.08
+        to 0.15. Loss on every token is 0.01 to 0.03 behind at each answer (one seed), and learns the
+        rest too, 2.05 to 0.96. Said aloud, neither keeps to the matter for three turns.
 """
 
 from __future__ import annotations
