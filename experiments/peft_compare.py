@@ -10,7 +10,7 @@ Papers: LoRA arXiv:2106.09685, DoRA 2402.09353, AdaLoRA 2303.10512, (IA)³ 2205.
 prompt tuning 2104.08691, prefix tuning 2101.00190, adapters 1902.00751 (Houlsby), 2005.00247 (Pfeiffer).
 Differs from them: a small model, far from converged, and no search for rates; who learns fastest in
 48 steps is ahead, which says little about where each would end.
-Run:    python -m experiments.peft_compare --sweep         (21 runs, about 24 min on 2 idle cores)
+Run:    python -m experiments.peft_compare --sweep         (21 runs, about 35 min on 2 idle cores)
         python -m experiments.peft_compare --set method=experiments.shared.methods:DoRA method.rank=4
         (P-tuning, P-tuning v2 and parallel adapters are there too, not in the sweep)
 Expect: costs as counted: LoRA two thirds of the full step's operations and a quarter of its peak memory,

@@ -7,7 +7,7 @@ without. Both here, three seeds each (initial values, and the order of the rows)
 
 Differs from the paper: a label word, not generated text; 8 virtual tokens; 48 steps of 8 headlines,
 where it has epochs; a rate for each way, neither searched for.
-Run:    python -m experiments.prefix_stability --sweep        (6 runs, about 6 min on 2 idle cores)
+Run:    python -m experiments.prefix_stability --sweep        (6 runs, about 9 min on 2 idle cores)
 Expect: the paper's: the MLP ahead, and its seeds closer together.
 """
 
