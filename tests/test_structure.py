@@ -23,7 +23,8 @@ MAY = {
     "paths": {"types"},
     "kernels": {"types"},
     "losses": {"types"},
-    "weights": {"types", "paths", "kernels"},
+    "codes": {"types"},
+    "weights": {"types", "paths", "kernels", "codes"},
     "models": {"types", "paths", "kernels", "weights"},
     "report": set(),
 }

@@ -1,0 +1,52 @@
+"""Double quantization: the scales of a matrix in 8 bits. Dettmers et al. 2023, QLoRA, section 3.
+
+A scale for 64 weights costs 32 / 64 = 0.5 bit a weight. Their mean is taken off, and what is left has
+8-bit codes in blocks of 256 with a scale of 32 bits each: 8 / 64 + 32 / (64 * 256) = 0.127.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+
+from research.codes import blocks
+from research.types import Array
+
+BLOCK = 256
+TABLE = "DYNAMIC"
+
+
+@struct.dataclass
+class DoubleQuantized:
+    """codes uint8 [..., rows, groups], absmax [..., blocks] and offset [...]: scales [..., rows, groups].
+
+    Blocks run through the rows of one matrix, one after another.
+    """
+
+    codes: Array
+    absmax: Array
+    offset: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    def values(self) -> Array:
+        flat = self.codes.reshape(*self.codes.shape[:-2], -1)
+        decoded = blocks.decode(flat, self.absmax, TABLE, BLOCK) + self.offset[..., None]
+        return decoded.reshape(self.codes.shape)
+
+
+def quantize(scale: Array) -> DoubleQuantized:
+    """Scales [..., rows, groups], their mean over a whole matrix taken off first."""
+    flat = scale.reshape(*scale.shape[:-2], -1)
+    offset = flat.mean(axis=-1)
+    codes, absmax = blocks.encode(flat - offset[..., None], TABLE, BLOCK)
+    return DoubleQuantized(codes.reshape(scale.shape), absmax, offset)
+
+
+def scales(scale: Any) -> Array:
+    """[..., rows, groups], however they are kept."""
+    return scale.values() if isinstance(scale, DoubleQuantized) else jnp.asarray(scale)
