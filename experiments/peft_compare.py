@@ -14,8 +14,9 @@ Run:    python -m experiments.peft_compare --sweep         (21 runs, about 35 mi
         python -m experiments.peft_compare --set method=experiments.shared.methods:DoRA method.rank=4
         (P-tuning, P-tuning v2 and parallel adapters are there too, not in the sweep)
 Expect: costs as counted: LoRA two thirds of the full step's operations and a quarter of its peak memory,
-        soft prompts no optimizer state to speak of. Not who is best: after 384 headlines every score is
-        between a coin's and 0.8, and the seeds of one method differ as much as methods do.
+        soft prompts no optimizer state to speak of. Full fine-tuning learns most (0.76 against 0.57 to
+        0.72), (IA)³ is next with 0.04 % of the parameters, prefix tuning has learned nothing yet. Between
+        the others two seeds tell nothing: they differ as much as methods do.
 """
 
 from __future__ import annotations
