@@ -25,8 +25,6 @@ from matplotlib.figure import Figure
 
 from experiments.shared import methods, sarcasm
 from experiments.shared.cells import cells, markdown
-from research import hub
-from research.hub.download import smollm2
 from research.runs import main, param, product, results
 from research.types import Params
 from research.weights import adalora, lora
@@ -53,18 +51,8 @@ class Config:
     seed: int = 0
 
 
-def prepare(config: Config, model: Any, params: Params) -> methods.Adapted:
-    """The length of the allocation and of the training is one number, config.steps."""
-    rng = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return config.method.apply(model, params, rng, config.steps)
-
-
 def run(config: Config, directory: Path) -> dict[str, Any]:
-    loaded = hub.load(smollm2())
-    adapted = prepare(config, loaded.model, loaded.params)
-    data = sarcasm.read_rows(
-        loaded.tokenizer, config.train, config.test, config.length, adapted.before
-    )
+    adapted, data = sarcasm.prepare(config)
     params, found = sarcasm.adapt(adapted, data, config, directory)
     ranks = {path: np.asarray(count).tolist() for path, count in adalora.ranks(params).items()}
     return found | {"final_parameters": final_parameters(params), "ranks": ranks}

@@ -199,10 +199,15 @@ class Task(Lesson, Protocol):
     test: int
 
 
-def prepare(config: Task) -> tuple[Adapted, Headlines]:
-    """SmolLM2 ready to be trained by config.method, and the rows that it sees."""
-    loaded = smollm2_instruct()
+def ready(config: Task, model: Any, params: Params) -> Adapted:
+    """A model ready to be trained by config.method for config.steps."""
     rng = jax.random.fold_in(jax.random.key(config.seed), 1)
-    adapted = config.method.apply(loaded.model, loaded.params, rng, config.steps)
+    return config.method.apply(model, params, rng, config.steps)
+
+
+def prepare(config: Task) -> tuple[Adapted, Headlines]:
+    """SmolLM2 ready to be trained, and the rows that it sees."""
+    loaded = smollm2_instruct()
+    adapted = ready(config, loaded.model, loaded.params)
     data = read_rows(loaded.tokenizer, config.train, config.test, config.length, adapted.before)
     return adapted, data

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import adalora_ranks
-from experiments.adalora_ranks import BASE, METHODS, SWEEP, final_parameters, prepare
+from experiments.adalora_ranks import BASE, METHODS, SWEEP, final_parameters
 from experiments.shared import sarcasm
 from research.models import decoder
 from research.models.families.llama import llama
@@ -27,11 +27,11 @@ def base():
 
 def test_both_end_with_one_budget_and_the_training_is_as_long_as_the_allocation(base):
     loras, adaloras = (dataclasses.replace(BASE, method=m) for m in METHODS.values())
-    allocation = sarcasm.optimizer_of(prepare(adaloras, *base), adaloras).finish
+    allocation = sarcasm.optimizer_of(sarcasm.ready(adaloras, *base), adaloras).finish
     assert allocation.total_steps == BASE.steps
     assert allocation.target_rank == loras.method.rank == adalora_ranks.RANK
     assert allocation.initial_steps < allocation.last_allocation < BASE.steps
-    starts = adalora.ranks(prepare(adaloras, *base).params)
+    starts = adalora.ranks(sarcasm.ready(adaloras, *base).params)
     assert len(starts) == len(KINDS) and all(np.shape(n) == (LAYERS,) for n in starts.values())
 
 
