@@ -13,8 +13,8 @@ HellaSwag, ARC and WinoGrande; one rank, 16, on every matrix, at two rates. The 
 made dense. One seed for time: a second would say how wide the points are (`--sweep --set seed=1`);
 the exam's interval is wide, about 0.15 either way.
 Run:    python -m experiments.catastrophic_probe --sweep      (4 runs, about 6 min on 2 idle cores)
-Expect: who learns more forgets more; at the same learning LoRA has forgotten no more than all weights
-        have. The exam stays within its interval.
+Expect: not the paper's trade: after 16 steps nothing is forgotten. Whoever learns more of the answers makes
+        the English texts likelier too, by 0.01 to 0.06 nats, all weights as LoRA. The exam does not move.
 """
 
 from __future__ import annotations
