@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from research.hub.checkpoint import Checkpoint, CheckpointError
+from research.hub.quantized_stack import stacked
 from research.models.families.checkpoint import Entry
 from research.paths import named_leaves
 from research.types import Params
@@ -119,7 +120,13 @@ def with_prefix(checkpoint: Checkpoint, expected: dict[str, tuple[Part, ...]]) -
         name if name.startswith("lm_head.") else prefix + name: name for name in checkpoint.shapes
     }
     shapes = {name: checkpoint.shapes[old] for name, old in stored.items()}
-    return replace(checkpoint, shapes=shapes, read=lambda name: checkpoint.read(stored[name]))
+    return replace(
+        checkpoint,
+        shapes=shapes,
+        read=lambda name: checkpoint.read(stored[name]),
+        coded={n: checkpoint.coded[old] for n, old in stored.items() if old in checkpoint.coded},
+        read_coded=lambda name: checkpoint.read_coded(stored[name]),
+    )
 
 
 def require_agreement(checkpoint: Checkpoint, expected: dict[str, tuple[Part, ...]]) -> None:
@@ -166,7 +173,8 @@ def assemble(
 
     shapes: the tree of ShapeDtypeStructs to fill. Besides the tree, one leaf's shard and one tensor
     are held: leaves are filled shard by shard and layer by layer, and a tensor is read again for
-    each different shard that it goes into.
+    each different shard that it goes into. What the checkpoint has in few bits stays so where it can
+    (`quantized_stack`), with no sharding.
     """
     expected = parts(entries, shapes)
     checkpoint = with_prefix(checkpoint, expected)
@@ -176,7 +184,9 @@ def assemble(
         for part in held:
             by_path.setdefault(part.entry.path, []).append((name, part))
 
-    def fill(path: str, shape: tuple[int, ...], home: Sharding | None) -> jax.Array:
+    def fill(path: str, shape: tuple[int, ...], home: Sharding | None) -> Any:
+        if (kept := stacked(path, by_path[path], checkpoint)) is not None:
+            return kept
         read = partial(_read_shard, checkpoint, by_path[path], shape, dtype)
         if home is None:
             return jnp.asarray(read((slice(None),) * len(shape)))

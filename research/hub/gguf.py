@@ -6,6 +6,7 @@ a config.json dictionary, tensors are renamed and dequantized one at a time from
 in a llama the rows of attn_q and attn_k are put back into half-split order: llama.cpp's converter
 interleaves the two halves of each head, since it turns neighbouring pairs of features there. Left
 as they are, the model runs and is merely worse. In a qwen2 it turns halves, and nothing is moved.
+Some types can be kept in their own blocks instead (`quantized_gguf`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 
+from research.hub import quantized_gguf
 from research.hub.checkpoint import Checkpoint, CheckpointError
 from research.models.position import Llama3
+from research.weights.quantized import Quantized
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 MAGIC = b"GGUF"
@@ -45,8 +49,8 @@ ROPE_FACTORS = "rope_freqs.weight"  # not a parameter: how Llama 3.1's scaling i
 Metadata = Callable[..., Any]  # (key) -> value, or (key, default)
 
 
-def open_gguf(path: str | Path) -> tuple[Checkpoint, Metadata]:
-    """The checkpoint in a file, and its metadata by key.
+def open_gguf(path: str | Path, blocks: bool = False) -> tuple[Checkpoint, Metadata]:
+    """The checkpoint in a file, and its metadata by key. With `blocks` it says what can stay so.
 
     Raises CheckpointError when the file is missing, truncated, not GGUF, of another architecture,
     or holds a tensor that cannot be dequantized or has no place in the model.
@@ -76,7 +80,14 @@ def open_gguf(path: str | Path) -> tuple[Checkpoint, Metadata]:
         heads = rotated_heads(name, config)
         return array if heads is None else unpermute(array, heads)
 
-    return Checkpoint(path, config, shapes, read), metadata
+    def read_coded(name: str) -> Quantized:
+        rows = quantized_gguf.blocks(path, named[name], shapes[name])
+        heads = rotated_heads(name, config)
+        return rows if heads is None else jax.tree.map(lambda leaf: unpermute(leaf, heads), rows)
+
+    kinds = {name: quantized_gguf.kind(t, shapes[name]) for name, t in named.items() if blocks}
+    coded = {name: kind for name, kind in kinds.items() if kind is not None}
+    return Checkpoint(path, config, shapes, read, coded, read_coded), metadata
 
 
 def read_header(path: Path) -> gguf.GGUFReader:

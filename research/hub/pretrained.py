@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from research.hub import huggingface
@@ -18,6 +20,7 @@ from research.hub.checkpoint import Checkpoint, CheckpointError
 from research.hub.config_fields import require_fields
 from research.hub.gguf import open_gguf
 from research.hub.gguf_tokenizer import tokenizer_of
+from research.hub.quantized_directory import open_directory
 from research.hub.replace import left_behind, replacing
 from research.models import families
 from research.models.decoder import Decoder, axes, head_size, init
@@ -26,6 +29,7 @@ from research.tokenize.tokenizer import Tokenizer
 from research.tokenize.tokenizer_files import VOCABULARIES
 from research.train.sharding import shardings
 from research.types import Array, Params
+from research.weights.base import leaf_axes
 
 MAX_SHARD_BYTES = 2 * 1000**3
 # What older versions of transformers wrote, said again by rope_parameters and dtype.
@@ -68,20 +72,30 @@ def _logits(model: Decoder, params: Params, tokens: Array) -> Array:
     return model.apply({"params": params}, tokens)
 
 
-def load(path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Pretrained:
+def load(
+    path: str | Path, dtype: Any = jnp.float32, mesh: Mesh | None = None, blocks: bool = False
+) -> Pretrained:
     """A model from a Hugging Face directory or a .gguf file, parameters in `dtype`.
+
+    With `blocks`, Q4_0, Q4_1 and Q8_0 tensors of a .gguf stay in few bits (`quantized_gguf`). Those of
+    a quantized directory always do. What cannot, because the layers of a stack differ, is printed
+    and dense.
 
     With a `mesh` (`train.sharding.make_mesh`) each parameter is read straight into its shards, one
     shard at a time, and heads stay whole; axes that the mesh does not divide are printed and
-    replicated. Raises CheckpointError (or TokenizerError) naming the file and what is wrong with
-    it, and ShardingError for a mesh of other axes, before any parameter is allocated.
+    replicated. (A model with matrices in few bits is made whole on the host first.)
+
+    Raises CheckpointError (or TokenizerError) naming the file and what is wrong with it, and
+    ShardingError for a mesh of other axes, before any parameter is allocated.
     """
     path = Path(path)
     if path.is_dir():
-        checkpoint = huggingface.open_directory(path)
+        if blocks:
+            raise CheckpointError(f"{path} is a directory: only .gguf files have blocks to keep")
+        checkpoint = open_directory(path)
         tokenizer, generation = read_tokenizer(path), read_generation(path)
     elif path.exists() or path.suffix == ".gguf":
-        checkpoint, metadata = open_gguf(path)
+        checkpoint, metadata = open_gguf(path, blocks)
         tokenizer, generation = tokenizer_of(path, metadata), {}
     else:
         kept = [str(p) for p in left_behind(path)]
@@ -117,13 +131,22 @@ def build(checkpoint: Checkpoint, dtype: Any, mesh: Mesh | None = None) -> tuple
     CheckpointError, naming file and field, for a config that is ill-typed or contradicts itself.
     """
     family, model, shapes = describe(checkpoint)
-    homes = None
-    if mesh is not None:
-        units = dict.fromkeys(("heads", "kv_heads"), head_size(model.config))
-        homes, notes = shardings(axes(model), shapes, mesh, units=units)
-        for note in notes:
-            print(note, flush=True)
-    return model, assemble(checkpoint, family.name_map(model.config), shapes, dtype, homes)
+    names = family.name_map(model.config)
+    if mesh is None:
+        return model, assemble(checkpoint, names, shapes, dtype)
+    if checkpoint.coded:  # small enough to be made whole, and placed then
+        params = assemble(checkpoint, names, shapes, dtype)
+        return model, jax.device_put(params, _homes(model, params, mesh))
+    return model, assemble(checkpoint, names, shapes, dtype, _homes(model, shapes, mesh))
+
+
+def _homes(model: Decoder, params: Params, mesh: Mesh) -> Params:
+    """Where each leaf lives on a mesh; axes that it does not divide are printed."""
+    units = dict.fromkeys(("heads", "kv_heads"), head_size(model.config))
+    homes, notes = shardings(leaf_axes(params, axes(model)), params, mesh, units=units)
+    for note in notes:
+        print(note, flush=True)
+    return homes
 
 
 def describe(checkpoint: Checkpoint) -> tuple[ModuleType, Decoder, Params]:
@@ -166,6 +189,18 @@ def save(
     family = families.find(pretrained.config)
     specs, tensors = disassemble(family.name_map(pretrained.model.config), pretrained.params)
     config = config_to_save(pretrained, family) | {"dtype": next(iter(specs.values()))[1].name}
+    write(directory, pretrained, config, specs, tensors, max_shard_bytes)
+
+
+def write(
+    directory: str | Path,
+    pretrained: Pretrained,
+    config: dict[str, Any],
+    specs: dict[str, tuple[tuple[int, ...], np.dtype]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    max_shard_bytes: int,
+) -> None:
+    """A directory of these tensors (`write_weights`) and this config; errors as in `save`."""
     with replacing(directory, marker=huggingface.CONFIG) as partial_directory:
         huggingface.write_json(partial_directory / huggingface.CONFIG, config)
         huggingface.write_weights(partial_directory, specs, tensors, max_shard_bytes)
