@@ -13,8 +13,9 @@ cosine with warmup, not a slanted triangle; 640 headlines. The peak rate is the 
 each strategy: those of all weights and of the head were tried once, on other headlines, the
 others not at all. A standard error of the 400 test headlines is 0.02.
 Run:    python -m experiments.unfreezing --sweep               (6 strategies x 2 seeds, about 8 min)
-Expect: all strategies within a few points on the task; discriminative rates and unfreezing cost general
-        text less than one rate for all weights, because the lowest layers hardly move.
+Expect: all strategies within the spread of two seeds (0.68 to 0.74), the head alone among them. General
+        text costs 0.02 nats where all weights move at one rate, a tenth of that with discriminative
+        rates or gradual unfreezing, and nothing with the head alone.
 """
 
 from __future__ import annotations
