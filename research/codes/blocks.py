@@ -5,6 +5,8 @@ What 4-bit matrices, double quantized scales and 8-bit optimizer states share (a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from research.codes.tables import look_up, nearest
@@ -15,15 +17,17 @@ from research.types import Array
 SMALLEST = 1.17549435e-38
 
 
-def encode(x: Array, table: str, block: int) -> tuple[Array, Array]:
+def encode(
+    x: Array, table: str, block: int, find: Callable[[Array, str], Array] = nearest
+) -> tuple[Array, Array]:
     """x [..., n] -> (codes uint8 [..., n], absmax float32 [..., ceil(n / block)]).
 
-    The last block may be shorter.
+    The last block may be shorter. `find` gives the code of a number in [-1, 1] of a table.
     """
     cut = blocks(x.astype(jnp.float32), block)
     absmax = jnp.abs(cut).max(axis=-1)
     scaled = cut * (1.0 / jnp.maximum(absmax, SMALLEST))[..., None]
-    codes = nearest(jnp.clip(scaled, -1, 1), table)
+    codes = find(jnp.clip(scaled, -1, 1), table)
     return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], absmax
 
 

@@ -18,8 +18,6 @@ import numpy as np
 
 from research.types import Array
 
-STEPS = 2**16
-
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
 NF4 += [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
 NF4 += [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
@@ -77,19 +75,6 @@ def nearest(x: Array, name: str) -> Array:
     else:
         below = jnp.searchsorted(middles, x, method="scan_unrolled")
     return jnp.asarray(order, jnp.uint8)[below]
-
-
-def nearest_step(x: Array, name: str) -> Array:
-    """As `nearest`, of the nearest to x of 65,536 equal steps from -1 to 1.
-
-    So bitsandbytes finds codes of 8 bits on a CPU. Of a dynamic table, which has entries far below a
-    step of 3e-5, most entries near zero and zero itself are then never found.
-    """
-    table, last = table_of(name), np.float32(STEPS - 1)
-    middles = (table[:-1] + table[1:]) / np.float32(2)
-    steps = np.float32(2) * np.arange(STEPS, dtype=np.float32) / last - np.float32(1)
-    codes = np.searchsorted(middles, steps).astype(np.uint8)
-    return jnp.asarray(codes)[((x + 1) * 0.5 * last + 0.5).astype(jnp.int32)]
 
 
 def look_up(codes: Array, name: str) -> Array:
