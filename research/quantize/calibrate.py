@@ -42,29 +42,55 @@ def measure(
     measurement: observed.Measure,
     combine: Callable[[Array, Array], Array],
     batch_size: int = 4,
+    given: Statistics | None = None,
 ) -> Statistics:
     """{path: statistic} of the inputs of every matrix that `rule` matches whole, over all windows.
 
     windows [n, T] of tokens, without padding. `combine` joins two batches' statistics leaf by leaf
-    (jnp.maximum, jnp.add). ValueError without a window, RuleError when the rule matches nothing.
+    (jnp.maximum, jnp.add). given: a second argument of the measurement, for each path and layer.
+    ValueError without a window, RuleError when the rule matches nothing.
     """
+    watched = observed.add(params, rule, measurement, given)
+    return gather(_logits, model, watched, batches_of(windows, batch_size), combine)
+
+
+def batches_of(windows: np.ndarray, batch_size: int) -> list[Array]:
+    """windows [n, T] as arrays [batch_size or fewer, T]; ValueError without a window."""
     if not len(windows):
         raise ValueError("calibration needs at least one window of tokens, there is none")
-    watched = observed.add(params, rule, measurement)
+    starts = range(0, len(windows), batch_size)
+    return [jnp.asarray(windows[start : start + batch_size]) for start in starts]
+
+
+def gather(
+    forward: Callable[[Any, Params, Any], Array],
+    module: Any,
+    watched: Params,
+    batches: Sequence[Any],
+    combine: Callable[[Array, Array], Array],
+) -> Statistics:
+    """{path: statistic} of the observers in `watched`, over `forward(module, watched, batch)`.
+
+    The function and the module are compiled once, if they are equal to those of the last call.
+    """
     found: Any = None
-    for start in range(0, len(windows), batch_size):
-        statistics = _pass(model, watched, jnp.asarray(windows[start : start + batch_size]))
+    for batch in batches:
+        statistics = _pass(forward, module, watched, batch)
         found = statistics if found is None else jax.tree.map(combine, found, statistics)
     return found
 
 
-@partial(jax.jit, static_argnums=0)
-def _pass(model: Any, watched: Params, tokens: Array) -> Statistics:
+def _logits(model: Any, params: Params, tokens: Array) -> Array:
+    return model.apply({"params": params}, tokens)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _pass(forward: Callable, module: Any, watched: Params, batch: Any) -> Statistics:
     nodes = dict(named_leaves(watched, is_leaf=observed.is_observed))
     zeros = {name: w.statistic for name, w in nodes.items() if observed.is_observed(w)}
 
     def total(statistics: Statistics) -> Array:
-        return model.apply({"params": _with(watched, statistics)}, tokens).sum()
+        return forward(module, _with(watched, statistics), batch).sum()
 
     return jax.grad(total)(zeros)
 

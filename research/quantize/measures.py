@@ -3,12 +3,19 @@
 absmax      the largest magnitude of each feature [in]; combine with jnp.maximum
 second      the sum of x xᵀ over rows [in, in], half of a layer's Hessian; with jnp.add
 magnitude   the sum of |x| of each feature and the number of rows; with jnp.add
+moments     both sums and the number of rows; with jnp.add
+Sample      some rows themselves [rows, in]; with `join`
+Histogram   counts of |x| of all features in bins from 0 to what is given [bins]; with `count`
 """
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+from dataclasses import dataclass
 
+import jax.numpy as jnp
+import numpy as np
+
+from research.codes.blocks import SMALLEST
 from research.types import Array
 
 
@@ -24,3 +31,39 @@ def second(x: Array) -> dict[str, Array]:
 def magnitude(x: Array) -> dict[str, Array]:
     x = jnp.abs(x.astype(jnp.float32))
     return {"sum": x.sum(axis=0), "rows": jnp.float32(x.shape[0])}
+
+
+def moments(x: Array) -> dict[str, Array]:
+    x = x.astype(jnp.float32)
+    return {"magnitude": jnp.abs(x).sum(axis=0), "second": x.T @ x, "rows": jnp.float32(x.shape[0])}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`rows` of each pass's rows, as far apart as they can be."""
+
+    rows: int
+
+    def __call__(self, x: Array) -> Array:
+        return x[jnp.arange(self.rows) * x.shape[0] // self.rows].astype(jnp.float32)
+
+
+def join(a: Array, b: Array) -> Array:
+    return jnp.concatenate([a, b], axis=-2)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Magnitudes in `bins` of one size between 0 and `top`, a scalar; larger ones are in the last."""
+
+    bins: int
+
+    def __call__(self, x: Array, top: Array) -> Array:
+        width = jnp.maximum(top, SMALLEST) / self.bins
+        at = jnp.minimum(jnp.abs(x.astype(jnp.float32)) / width, self.bins - 1).astype(jnp.int32)
+        return jnp.zeros(self.bins, jnp.float32).at[at.reshape(-1)].add(1)
+
+
+def count(a: Array, b: Array) -> np.ndarray:
+    """a + b in float64: float32 counts no further than 2^24."""
+    return np.asarray(a, np.float64) + np.asarray(b, np.float64)

@@ -157,8 +157,10 @@ class Float8:
         return jnp.abs(grouped(rows, self.group)).max(axis=-1) / largest, None
 
     def round(self, rows: Array, scale: Array, zero: None) -> Array:
-        scaled = (rows / spread(_nonzero(scale), rows.shape[-1])).astype(self.dtype)
-        return jax.lax.bitcast_convert_type(scaled, jnp.uint8)
+        # A number past the largest is the largest, not nan: a scale need not be the rows' own.
+        largest = float(jnp.finfo(self.dtype).max)
+        scaled = jnp.clip(rows / spread(_nonzero(scale), rows.shape[-1]), -largest, largest)
+        return jax.lax.bitcast_convert_type(scaled.astype(self.dtype), jnp.uint8)
 
     def values(self, codes: Array, scale: Array, zero: None) -> Array:
         floats = jax.lax.bitcast_convert_type(codes, self.dtype).astype(jnp.float32)
@@ -166,6 +168,13 @@ class Float8:
 
 
 Format = Codebook | Integer | Float8
+
+
+def rounded(rows: Array, format: Format) -> Array:
+    """Rows [..., rows, columns] as float32 after rounding; the scales are not double quantized."""
+    rows = rows.astype(jnp.float32)
+    scale, zero = format.scales(rows)
+    return format.values(format.round(rows, scale, zero), scale, zero)
 
 
 def _nonzero(scale: Array) -> Array:
