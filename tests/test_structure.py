@@ -25,7 +25,7 @@ MAY = {
     "losses": {"types"},
     "codes": {"types"},
     "weights": {"types", "paths", "kernels", "codes"},
-    "models": {"types", "paths", "kernels", "weights"},
+    "models": {"types", "paths", "kernels", "weights", "codes"},
     "report": set(),
 }
 MAY_NOT = {"train": {"models", "losses", "weights"}, "runs": {"models", "losses", "weights"}}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from research.kernels.mask import Mask
-from research.models.attention import Cache, LayerCache
+from research.models.attention import Cache, LayerCache, require_plain
 from research.models.decoder import Decoder, DecoderConfig, empty_cache
 from research.models.layers import dropout
 from research.models.stack import Stack, layers_of
@@ -185,8 +185,8 @@ def flat(prefix: Params) -> Array:
 def sizes(config: DecoderConfig) -> tuple[int, int]:
     """(K, H), key/value heads and their size, that all layers share.
 
-    ValueError naming a layer whose cache has no slot for every token, layers that differ, and a
-    position scheme that biases the scores.
+    ValueError naming a layer whose cache has no slot for every token or is in few bits, layers that
+    differ, and a position scheme that biases the scores.
     """
     found = {}
     for path, *_, block in layers_of(config.stacks):
@@ -205,6 +205,8 @@ def sizes(config: DecoderConfig) -> tuple[int, int]:
                 f"{path}: {type(attention).__name__} does not keep a key for every token, and takes "
                 "no prefix"
             )
+        # A prefix trains through the cache, and rounding has no gradient.
+        require_plain(attention.storage, f"a prefix before {path}")
         found[path] = held.keys.shape[2:]
     if len(set(found.values())) != 1:
         raise ValueError(f"layers differ in key/value heads and their size: {found}")

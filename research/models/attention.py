@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
@@ -18,6 +17,7 @@ from research.kernels.attend import Attend, require_dropout
 from research.kernels.mask import Mask
 from research.models.layers import Linear
 from research.models.position import NoPosition, Tables
+from research.models.storage import Kept, Storage, empty, get, put
 from research.types import Array
 
 
@@ -34,10 +34,11 @@ class Inputs:
 
 @struct.dataclass
 class LayerCache:
-    """One layer's keys and values [B, S, K, H]; stacked layers carry a leading axis L."""
+    """One layer's keys and values [B, S, K, H], as they are or in few bits; stacked layers carry a
+    leading axis L."""
 
-    keys: Array
-    values: Array
+    keys: Kept
+    values: Kept
 
 
 @struct.dataclass
@@ -63,11 +64,12 @@ class Cache:
 
 def write(cache: LayerCache, keys: Array, values: Array, index: Array) -> LayerCache:
     """The cache with [B, T, K, H] new keys and values at slots index..index+T-1."""
-    start = (0, index, 0, 0)
-    return LayerCache(
-        jax.lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), start),
-        jax.lax.dynamic_update_slice(cache.values, values.astype(cache.values.dtype), start),
-    )
+    return LayerCache(put(cache.keys, keys, index), put(cache.values, values, index))
+
+
+def read(cache: LayerCache, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Its keys and values [B, S, K, H]."""
+    return get(cache.keys, dtype), get(cache.values, dtype)
 
 
 class Attention(nn.Module):
@@ -75,10 +77,12 @@ class Attention(nn.Module):
 
     bias: on q, k and v; out_bias: on the output projection. window: keys each query sees, itself
     included (None: all). scale: of q·k, 1/sqrt(H) when None. dropout: of the attention
-    probabilities, in training; ValueError then for a kernel that has none.
+    probabilities, in training; ValueError then for a kernel that has none. storage: how the cache
+    keeps keys and values.
 
     Keys and values are made of x, or in cross-attention of `memory` [B, S, D]; then they come back
-    in the place of the cache, and `memory` may be what came back before.
+    in the place of the cache, and `memory` may be what came back before. ValueError then for a
+    storage in few bits, which only a cache that is written slot by slot has.
     """
 
     heads: int
@@ -89,6 +93,7 @@ class Attention(nn.Module):
     window: int | None = None
     scale: float | None = None
     dropout: float = 0.0
+    storage: Storage = Storage()
 
     @nn.compact
     def __call__(
@@ -98,11 +103,13 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         memory: Array | LayerCache | None = None,
     ) -> tuple[Array, LayerCache | None]:
+        if memory is not None:
+            require_plain(self.storage, "cross-attention")
         B, T, D = x.shape
         q = self._heads("q", self.heads, "heads")(x).reshape(B, T, self.heads, self.head_size)
         q = inputs.position.rotate(q, inputs.tables)
         if isinstance(memory, LayerCache):
-            k, v = memory.keys.astype(q.dtype), memory.values.astype(q.dtype)
+            k, v = read(memory, q.dtype)
         else:
             k, v = self._keys_values(x if memory is None else memory)
             k = inputs.position.rotate(k, inputs.tables)
@@ -115,7 +122,7 @@ class Attention(nn.Module):
             cache = LayerCache(k, v)
         elif cache is not None:
             cache = write(cache, k, v, mask.offset)
-            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
+            k, v = read(cache, q.dtype)
         y = self._attend(inputs.attend, q, k, v, mask).reshape(B, T, -1)
         return Linear(D, ("heads", "embed"), self.out_bias, name="o")(y), cache
 
@@ -135,11 +142,19 @@ class Attention(nn.Module):
         return Linear(count * self.head_size, ("embed", axis), self.bias, name=name)
 
     def empty_cache(self, batch: int, length: int | None, dtype: jnp.dtype) -> LayerCache:
-        """Of `length` slots. ValueError for None, which is for layers whose cache does not grow."""
+        """Of `length` slots. ValueError for None, which is for layers whose cache does not grow, and
+        for a storage whose groups or bytes the head size does not fill."""
         if length is None:
             raise ValueError("Attention keeps every token: its cache needs a length")
         shape = (batch, length, self.kv_heads, self.head_size)
-        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        formats, scales = (self.storage.keys, self.storage.values), self.storage.scale_dtype
+        return LayerCache(*(empty(shape, dtype, format, scales) for format in formats))
+
+
+def require_plain(storage: Storage, what: str) -> None:
+    """ValueError, naming `what` cannot, for keys or values in few bits."""
+    if storage.keys is not None or storage.values is not None:
+        raise ValueError(f"{what} keeps keys and values as they are, not as {storage}")
 
 
 def even_head_size(width: int, heads: int) -> int:

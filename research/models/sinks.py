@@ -23,7 +23,7 @@ from flax import linen as nn
 from flax import struct
 
 from research.kernels.attend import masked_softmax
-from research.models.attention import Attention, Inputs, LayerCache
+from research.models.attention import Attention, Inputs, LayerCache, require_plain
 from research.models.decoder import DecoderConfig
 from research.models.layers import Linear
 from research.types import Array
@@ -134,7 +134,9 @@ class StreamingAttention(Attention):
         return scores.reshape(B, N, T, -1) * scale
 
     def empty_cache(self, batch: int, length: int | None, dtype: Any) -> RollingCache:
-        """Of sinks + window slots, whatever the length; ValueError without a window."""
+        """Of sinks + window slots, whatever the length; ValueError without a window, and for a storage
+        in few bits: keys are kept before rotation here."""
+        require_plain(self.storage, "StreamingAttention")
         if self.window is None:
             raise ValueError("StreamingAttention has no window: its cache would have no size")
         slots = self.sinks + self.window
