@@ -116,6 +116,34 @@ class Decoder(nn.Module):
     ) -> Array | tuple[Array, Cache]:
         """The states [B, T, D] that the head multiplies, for losses fused with the head.
 
+        Errors as in `enter`.
+        """
+        config = self.config
+        x, inputs, past = self.enter(tokens, positions, segment_ids, mask, cache)
+        layers = []
+        for number, stack in enumerate(config.stacks):
+            params = self.get_variable("params", f"stack_{number}")
+            layer_cache = None if past is None else past.layers[number]
+            rng = self.make_rng("dropout") if self.has_rng("dropout") else None
+            x, layer_cache = run_stack(
+                stack, params, x, inputs, layer_cache, rng, config.scan, config.remat
+            )
+            layers.append(layer_cache)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x if past is None else (x, past.replace(layers=tuple(layers)))
+
+    def enter(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        mask: Mask | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Inputs, Cache | None]:
+        """The states [B, T, D] before the first layer, what all layers share, and the cache with the
+        tokens' slots taken.
+
         ValueError naming parameters that this model does not read.
         """
         config = self.config
@@ -134,19 +162,7 @@ class Decoder(nn.Module):
             at = positions if segment_ids is None else jnp.where(segment_ids == 0, 0, positions)
             require_positions(config.position.most, tokens.shape[1] - 1 if alone else at)
             x += self.position(at).astype(x.dtype)
-        x = dropout(self, x, config.dropout)
-        layers = []
-        for number, stack in enumerate(config.stacks):
-            params = self.get_variable("params", f"stack_{number}")
-            layer_cache = None if past is None else past.layers[number]
-            rng = self.make_rng("dropout") if self.has_rng("dropout") else None
-            x, layer_cache = run_stack(
-                stack, params, x, inputs, layer_cache, rng, config.scan, config.remat
-            )
-            layers.append(layer_cache)
-        if self.final_norm is not None:
-            x = self.final_norm(x)
-        return x if past is None else (x, past.replace(layers=tuple(layers)))
+        return dropout(self, x, config.dropout), inputs, past
 
     def start(
         self, batch: int, length: int | None, dtype: Any = None, stacked: bool = True
