@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from research.adapters import bottleneck, prefix
-from research.decode import Beams, Sampling, beam_search, generate, speculate
+from research.decode import Sampling, generate, speculate
+from research.decode.beam import reorder
 from research.decode.speculative import Lookup
 from research.kernels.attend import reference
 from research.kernels.mask import Mask
@@ -196,13 +197,11 @@ def test_decoding_says_the_same(params):
     assert alone.generation.rows() == said[2:]
 
 
-def test_beams_gather_codes_and_scales(params):
-    plain, few = (
-        beam_search(model_of(kept), params, PROMPTS, Beams(3, max_tokens=6))
-        for kept in (Storage(), BOTH8)
-    )
-    assert few.rows() == plain.rows()
-    np.testing.assert_allclose(few.scores, plain.scores, atol=0.05)
+def test_beams_gather_codes_with_their_scales():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, K, H)), jnp.float32)
+    kept = storage.put(storage.empty((2, 4, K, H), None, INT4, jnp.float16), x, 0)
+    gathered = storage.get(reorder(kept, jnp.array([1, 1, 0])), jnp.float32)
+    np.testing.assert_array_equal(gathered, storage.get(kept, jnp.float32)[np.array([1, 1, 0])])
 
 
 @pytest.mark.parametrize("stacked", [True, False])
