@@ -24,7 +24,7 @@ from research.train.directory import Nowhere, Progress, RunDirectory, digests, s
 from research.train.finite import diagnose, wrong_values
 from research.train.interrupt import Interrupted, StopRequest
 from research.train.metrics import Meter, ProgressBar
-from research.train.optim import Finished, Optimizer
+from research.train.optim import Config, Paged
 from research.train.optim import optimizer as make_optimizer
 from research.train.partition import Rule, combine
 from research.train.placement import place, start
@@ -100,7 +100,7 @@ def fit(
     objective: Objective,
     source: Source,
     params: Params,
-    optimizer: Optimizer | Finished | optax.GradientTransformation,
+    optimizer: Config | optax.GradientTransformation,
     config: Training,
     *,
     rule: Rule = ".*",
@@ -130,9 +130,11 @@ def fit(
         raise ValueError("Training.keep_best needs an `evaluate`")
     if config.early_stopping is not None and evaluate is None:
         raise ValueError("Training.early_stopping needs an `evaluate`")
+    if mesh is not None and isinstance(optimizer, Paged):
+        raise ValueError("a paged optimizer's state lies beside one device; train without a mesh")
     trainable, frozen, context = place(params, context, rule, mesh, names, units)
     update = optimizer
-    if isinstance(optimizer, Optimizer | Finished):
+    if isinstance(optimizer, Config):
         update = make_optimizer(optimizer, trainable)
     state = start(trainable, update, source, config.seed, config.averages, mesh)
     homes = None if mesh is None else sharding_of(state.replace(source_state=None))
@@ -286,7 +288,7 @@ def _due(step: int, every: int | None) -> bool:
 def _identity(config: Training, optimizer, rule, trainable, frozen, identity) -> dict[str, Any]:
     """What decides where the run goes. How often it logs or saves, and its length, do not: a
     schedule that depends on the length says so itself."""
-    ours = isinstance(optimizer, Optimizer | Finished)
+    ours = isinstance(optimizer, Config)
     training = {name: getattr(config, name) for name in ("seed", "accumulate", "ema_decay")}
     if config.swa is not None:
         training["swa"] = to_json(config.swa)

@@ -1,12 +1,13 @@
 """Optimizers from frozen-dataclass configs, with rates, decay and freezing by path.
 
     AdamW      Loshchilov & Hutter 2019 (arXiv:1711.05101)
+    AdamW8bit  the same with moments of 8 bits: `adam8bit`
     Adafactor  Shazeer & Stern 2018 (arXiv:1804.04235)
     Lion       Chen et al. 2023 (arXiv:2302.06675)
     SGD        with momentum
 
 All have the form of torch's AdamW: p <- p - lr * (direction + weight_decay * p), the decay never
-passing through the moments. State is float32 whatever the parameters are.
+passing through the moments. State is float32 whatever the parameters are, or 8-bit codes.
 
 Differs from the papers: Adafactor's factors and its clipping see a stacked leaf [L, in, out] as one
 block (the factored axes are still `in` and `out` when both are longer than L), and its rate is the
@@ -25,6 +26,8 @@ import numpy as np
 import optax
 
 from research.paths import assign, map_named, named_leaves
+from research.train.adam8bit import scale_by_adam8bit
+from research.train.paged import paged
 from research.train.schedules import Schedule
 from research.types import Array, Params, PyTree
 
@@ -66,6 +69,16 @@ class AdamW(Optimizer):
 
     def direction(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+
+@dataclass(frozen=True)
+class AdamW8bit(AdamW):
+    """Leaves of fewer than `min_size` numbers keep float32 moments."""
+
+    min_size: int = 4096
+
+    def direction(self) -> optax.GradientTransformation:
+        return scale_by_adam8bit(self.b1, self.b2, self.eps, self.min_size)
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,17 @@ class Finished:
     finish: Callable[[Params], optax.GradientTransformation]
 
 
+@dataclass(frozen=True)
+class Paged:
+    """An optimizer whose state is kept in the host's memory between steps: `paged`."""
+
+    optimizer: Optimizer | Finished
+    min_size: int = 4096
+
+
+Config = Optimizer | Finished | Paged
+
+
 class RateState(NamedTuple):
     """Where the training step reads the rate that was used."""
 
@@ -133,14 +157,14 @@ class RateState(NamedTuple):
     learning_rate: Array
 
 
-def optimizer(
-    config: Optimizer | Finished, trainable: Params
-) -> optax.GradientTransformationExtraArgs:
+def optimizer(config: Config, trainable: Params) -> optax.GradientTransformationExtraArgs:
     """The optax transformation of `config` for a tree of trainable leaves (holes are `None`).
 
     Raises RuleError when a path rule matches nothing or a path is not covered, ValueError when a
     vector rate does not fit its leaf.
     """
+    if isinstance(config, Paged):
+        return paged(optimizer(config.optimizer, trainable), config.min_size)
     if isinstance(config, Finished):
         return optax.chain(optimizer(config.optimizer, trainable), config.finish(trainable))
     names = [name for name, _ in named_leaves(trainable)]

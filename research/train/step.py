@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.paths import map_named, named_leaves
 from research.train.average import SWA
+from research.train.paged import choose
 from research.train.partition import combine
 from research.train.state import TrainState, micro_rng
 from research.types import Array, Batch, Mean, Objective, Params, PyTree
@@ -195,5 +196,5 @@ def _moving_average(
 def _keep_if(finite: Array, moved: TrainState, state: TrainState) -> TrainState:
     """`moved` where the step was finite, else `state`; the key never moves."""
     bare, before = moved.replace(rng=None), state.replace(rng=None)
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), bare, before)
+    kept = jax.tree.map(lambda new, old: choose(finite, new, old), bare, before)
     return kept.replace(rng=state.rng)
