@@ -15,5 +15,8 @@ fi
 if [ ! -x .references/chromium/browser ]; then
     say "The attention page is not tried in a browser: bash scripts/browser.sh fetches one"
 fi
+# What tests compiled is kept (tests/compiling.py), for a month.
+compiled=$HOME/.cache/llm-research-jax/compiled-tests
+[ ! -d "$compiled" ] || find "$compiled" -type f -mtime +30 -delete
 # A file stays with one worker, which compiles its models and reads its vocabularies once.
 exec .venv/bin/python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile "$@"
