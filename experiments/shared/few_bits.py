@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +86,29 @@ def summary(found: quantization.Comparison) -> dict[str, float]:
         "divergence_se": error(found.divergence),
         "agreement": float(found.agreement.mean()),
     }
+
+
+LOSSES = ["perplexity", "rise, nats", "KL, nats", "same token"]
+NOTE = (
+    "Nats a token over the held-out windows, ± one standard error over windows; the rise is paired by "
+    "window.\nMatrices: their mean relative error; bits of a quantized parameter, MB of all.\n"
+)
+
+
+def losses(row: Mapping[str, float]) -> list[str]:
+    """What `LOSSES` names, of one row's metrics."""
+    return [
+        f"{row['perplexity']:.4g} ± {row['perplexity'] * row['nll_se']:.2g}",
+        f"{row['rise']:.4f} ± {row['rise_se']:.2g}",
+        f"{row['divergence']:.4f} ± {row['divergence_se']:.2g}",
+        f"{row['agreement']:.3f}",
+    ]
+
+
+def matrix_error(full: Params, quantized: Params, rule: str) -> float:
+    """The mean relative error ‖W' − W‖ / ‖W‖ of the matrices that `rule` matches, each layer's one."""
+    found = quantization.matrix_errors(full, quantized, rule)
+    return float(np.concatenate([np.ravel(errors) for errors in found.values()]).mean())
 
 
 def sizes(params: Params) -> dict[str, float]:
