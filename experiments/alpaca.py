@@ -32,12 +32,12 @@ from matplotlib.figure import Figure
 
 from experiments.shared import probe, sft
 from experiments.shared.cells import cells, markdown
+from experiments.shared.first_layers import smollm2_instruct
 from experiments.shared.samples import side_by_side
 from research import hub
 from research.data import corpora, formats, packing
 from research.data.rows import Rows
 from research.evaluate import generation
-from research.hub.download import smollm2
 from research.runs import main, param, results
 from research.tokenize import chat
 
@@ -91,7 +91,7 @@ class HeldOut:
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    tuned = base = hub.load(smollm2())
+    tuned = base = smollm2_instruct()
     encode = partial(chat.encode_chat, base.tokenizer)
     if config.train_on:
         parts = [part for rows in config.train_on for part in split(rows, config)[0]]

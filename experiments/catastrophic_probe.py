@@ -30,11 +30,11 @@ from matplotlib.figure import Figure
 
 from experiments.shared import sft, small_lm
 from experiments.shared.cells import cells, markdown
+from experiments.shared.first_layers import smollm2_instruct
 from research import hub
 from research.data import corpora, formats, packing
 from research.data.rows import Rows
 from research.evaluate import nll
-from research.hub.download import smollm2
 from research.runs import chain, main, results
 from research.tokenize import chat
 from research.train import metrics
@@ -92,7 +92,7 @@ METHODS: dict[str, Change] = {
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    tuned = base = hub.load(smollm2())
+    tuned = base = smollm2_instruct()
     encode = partial(chat.encode_chat, base.tokenizer)
     parts = sft.split(list(formats.conversations(config.rows())), config.held_out)
     train, held_out = (sft.packed(part, encode, config.length) for part in parts)

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.shared.first_layers import smollm2_instruct
 from research import hub
 from research.data import corpora
 from research.data.shuffle import permutation
@@ -31,7 +32,6 @@ from research.decode import Beams, Contrastive, Sampling, beam_search, contrasti
 from research.decode.generate import for_decoding
 from research.evaluate.diversity import distinct, repetition
 from research.evaluate.nll import continuation_log_probs
-from research.hub.download import smollm2
 from research.runs import main, param, results
 from research.types import Params
 
@@ -85,7 +85,7 @@ def quality(
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    base = hub.load(smollm2())
+    base = smollm2_instruct()
     whole = passages(config, base.tokenizer)
     prompts = [ids[: config.length] for ids in whole]
     said = continued(base, for_decoding(base.params), config, prompts)

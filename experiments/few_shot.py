@@ -18,11 +18,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from research import hub
+from experiments.shared.first_layers import smollm2_instruct
 from research.data import corpora
 from research.evaluate import prompting
 from research.evaluate.prompting import Template
-from research.hub.download import smollm2
 from research.runs import chain, main, param, product, results
 
 SPLIT_SEED = 0  # of the questions that are asked: the same ones whatever the run's seed
@@ -42,7 +41,7 @@ class Config:
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    base = hub.load(smollm2())
+    base = smollm2_instruct()
     pool, asked = prompting.split(
         corpora.multiple_choice(config.exam), config.questions, SPLIT_SEED
     )

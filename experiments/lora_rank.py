@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 
 from experiments.shared import sarcasm
 from experiments.shared.cells import cells
-from research import hub
-from research.hub.download import smollm2
+from experiments.shared.first_layers import smollm2_instruct
 from research.runs import main, param, product, results
 from research.weights import lora
 
@@ -47,7 +46,7 @@ class Config:
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    pretrained = hub.load(smollm2())
+    pretrained = smollm2_instruct()
     data = sarcasm.read(pretrained.tokenizer, config.train, config.test, config.length)
     rng = jax.random.fold_in(jax.random.key(config.seed), 1)
     alpha = config.scale * config.rank

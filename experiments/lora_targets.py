@@ -25,8 +25,7 @@ from matplotlib.figure import Figure
 
 from experiments.shared import sarcasm
 from experiments.shared.cells import cells, markdown
-from research import hub
-from research.hub.download import smollm2
+from experiments.shared.first_layers import smollm2_instruct
 from research.paths import named_leaves, require_match
 from research.runs import main, param, results
 from research.types import Params
@@ -70,7 +69,7 @@ def rank_for(params: Params, targets: str, budget: int) -> int:
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    pretrained = hub.load(smollm2())
+    pretrained = smollm2_instruct()
     data = sarcasm.read(pretrained.tokenizer, config.train, config.test, config.length)
     rank = rank_for(pretrained.params, config.targets, config.budget)
     rng = jax.random.fold_in(jax.random.key(config.seed), 1)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.shared import sft
+from experiments.shared.first_layers import smollm2_instruct
 from research import hub
 from research.data import corpora, formats, packing, source
 from research.data.rows import Rows
-from research.hub.download import smollm2
 from research.objectives import next_token
 from research.runs import chain, main
 from research.tokenize import chat
@@ -101,7 +101,7 @@ def adapted(config: Config, params: Params) -> tuple[Params, Any]:
 
 def run(config: Config, directory: Path) -> dict[str, float]:
     schedule = Cosine(config.lr, config.steps, config.warmup_steps, end=0.1 * config.lr)
-    base = hub.load(smollm2())
+    base = smollm2_instruct()
     train, held_out, asked = split(config, base.tokenizer)
     print("measuring the base model", flush=True)
     before = sft.once(directory / "before.json", lambda: measure(base, config, held_out))

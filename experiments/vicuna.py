@@ -34,11 +34,11 @@ from matplotlib.figure import Figure
 
 from experiments.shared import sft
 from experiments.shared.cells import cells, markdown
+from experiments.shared.first_layers import smollm2_instruct
 from experiments.shared.samples import side_by_side
 from research import hub
 from research.data import corpora, formats
 from research.evaluate import nll
-from research.hub.download import smollm2
 from research.runs import chain, main, results
 from research.tokenize import layout
 from research.tokenize.formats import VICUNA
@@ -111,7 +111,7 @@ def first_question(conversation: sft.Conversation) -> str:
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    tuned = base = hub.load(smollm2())
+    tuned = base = smollm2_instruct()
     train, held_out = sft.split(conversations(), config.held_out, first_question)
     if config.steps:
         table = sft.packed(train, partial(config.loss, base.tokenizer), config.length)

@@ -1,6 +1,6 @@
 """Sarcastic headlines told from serious ones by a label word, with an adapted SmolLM2-135M-Instruct.
 
-    loaded = hub.load(smollm2())
+    loaded = smollm2_instruct()
     data = sarcasm.read(loaded.tokenizer, train=2000, test=400, length=256)
     found = sarcasm.tune(loaded.model, params, lora.TRAINABLE, data, config, directory)
 
