@@ -105,6 +105,12 @@ def losses(row: Mapping[str, float]) -> list[str]:
     ]
 
 
+def percent(row: Mapping[str, float]) -> tuple[float, float]:
+    """By how many percent perplexity rises, and the standard error over windows, of a row's metrics."""
+    factor = math.exp(row["rise"])
+    return 100 * (factor - 1), 100 * factor * row["rise_se"]
+
+
 def matrix_error(full: Params, quantized: Params, rule: str) -> float:
     """The mean relative error ‖W' − W‖ / ‖W‖ of the matrices that `rule` matches, each layer's one."""
     found = quantization.matrix_errors(full, quantized, rule)
