@@ -77,7 +77,8 @@ def test_values_are_those_of_gguf_and_take_no_more_bytes(tmp_path, kind, bits):
     down = np.stack([gguf.quants.dequantize(*found[f"blk.{i}.ffn_down.weight"]) for i in (0, 1)])
     np.testing.assert_array_equal(weights_of(kept.params)[DOWN].values(), down)
     assert bits_per_parameter(kept.params) == bits
-    np.testing.assert_allclose(kept.logits(TOKENS), plain.logits(TOKENS), rtol=0, atol=1e-5)
+    # The values are equal; products are summed in another order.
+    np.testing.assert_allclose(kept.logits(TOKENS), plain.logits(TOKENS), rtol=0, atol=5e-5)
 
 
 def test_any_bytes_with_finite_scales(tmp_path):
