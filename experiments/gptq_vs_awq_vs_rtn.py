@@ -153,7 +153,8 @@ def figure(rows: list[results.Row]) -> Figure:
                     capsize=3,
                     label=way,
                 )
-        axes.set(xlabel="bits of a code", title=title, yscale="log", xticks=sorted(BITS.values()))
+        axes.set(xlabel="bits of a code", title=title, xticks=sorted(BITS.values()))
+        axes.set_yscale("symlog", linthresh=0.01)  # a rise may be below 0
         axes.title.set_size(10)
         axes.grid(alpha=0.25)
     panels[0].legend(frameon=False, fontsize=8)

@@ -26,6 +26,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from experiments.shared import few_bits, sft
@@ -151,7 +152,7 @@ def figure(rows: list[results.Row]) -> Figure:
             axes.errorbar(
                 *points[name],
                 yerr=row["perplexity"] * row["rise_se"],
-                color=f"C{place % 10}",
+                color=colormaps["tab20"](place),
                 marker={Integer: "o", Codebook: "s", Float8: "^"}[type(kind.format)],
                 markerfacecolor=None if kind.rule == LINEAR else "none",
                 linestyle="none",
