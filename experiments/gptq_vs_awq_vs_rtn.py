@@ -16,8 +16,9 @@ AWQ leaves v's channels alone, as query heads share them. Act-order, columns of 
 tried at 3 bits only.
 Run:    python -m experiments.gptq_vs_awq_vs_rtn --sweep     (13 runs, about 14 min; nothing is random)
 Expect: the papers' order: all near the full model at 4 bits; at 3 bits RTN loses most, GPTQ and AWQ
-        least and near each other, clipping between, act-order ahead of GPTQ without; at 2 bits RTN leaves no model, and GPTQ keeps
-        more than AWQ, whose scales cannot help where three steps must do.
+        least and near each other, clipping between, and act-order ahead of GPTQ without; at 2 bits
+        RTN leaves no model, and GPTQ keeps more than AWQ, whose scales cannot help where three steps
+        must do.
 """
 
 from __future__ import annotations
