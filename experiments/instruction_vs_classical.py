@@ -11,9 +11,10 @@ it is not trained on, before and after. Chance is about one half in both tasks.
 Differs from the papers: 135M parameters and one task; one pattern and one wording; no unlabelled text;
 256 training examples seen in 32 steps, whatever the number of different headlines; one rate.
 Standard errors: about 0.02 of 400 headlines, 0.06 of 60 questions.
-Run:    python -m experiments.instruction_vs_classical --sweep      (8 runs, about 10 min)
-Expect: with few headlines label words ahead of the head, which is fresh, as in Le Scao & Rush; the
-        three alike with the most. Other questions unchanged within what 60 can show.
+Run:    python -m experiments.instruction_vs_classical --sweep      (8 runs, about 16 min beside other work)
+Expect: little learned by anyone: with 16 headlines all forms stay at chance (0.55), with 256 label words
+        reach 0.62, the head 0.57, chat none of it. Training costs the other questions, which are at chance
+        before and after, 0.2 nats (label words) to 0.5 nats (chat) of the right answer. One seed.
 """
 
 from __future__ import annotations
