@@ -14,7 +14,9 @@ integers of 4 bits in groups of 32, which is near to what is asked of it at 4 bi
 new to it. 6,144 tokens calibrate (GPTQ: 128 windows of 2,048), of the same kind as the held-out ones.
 AWQ leaves v's channels alone, as query heads share them. Act-order, columns of large inputs first, is
 tried at 3 bits only.
-Run:    python -m experiments.gptq_vs_awq_vs_rtn --sweep     (13 runs, about 14 min; nothing is random)
+Run:    OPENBLAS_NUM_THREADS=1 python -m experiments.gptq_vs_awq_vs_rtn --sweep
+        (13 runs, about 12 min; nothing is random. On a machine with other work the Cholesky factors
+        of GPTQ otherwise wait for their own threads: six times the time of its arithmetic.)
 Expect: the papers' order: all near the full model at 4 bits; at 3 bits RTN loses most, GPTQ and AWQ
         least and near each other, clipping between, and act-order ahead of GPTQ without; at 2 bits
         RTN leaves no model, and GPTQ keeps more than AWQ, whose scales cannot help where three steps
