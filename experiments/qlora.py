@@ -1,0 +1,287 @@
+"""Does training win back what four bits lost?  Dettmers et al. 2023, QLoRA (arXiv:2305.14314), Table 4.
+
+SmolLM2-135M-Instruct learns English Alpaca rows, packed, through its chat template: all weights; LoRA
+of rank 16 on every matrix of a block; the same LoRA over NF4 with double quantization (QLoRA), with
+8-bit Adam and every layer computed again in the backward pass; with the embedding table in NF4 too;
+and from LoftQ's start (arXiv:2310.08659, one step). All see the same rows in the same order.
+
+The gap is what NF4 costs in nats a token of held-out answers before training; what is left of it is
+how far a run ends above LoRA over dense matrices. At the end each model is rounded to NF4 once
+more: an adapter merged and its matrix rounded again, and, of models that trained dense, their
+matrices for the first time. Memory is the compiled step's, with and without layers computed again.
+
+Differs from the paper: 135M parameters, not 7B to 65B, whose weights are a small part of a step's
+memory; the base was a 4-bit release (Q4_1) made dense, so that it was rounded twice; some dozen
+steps; no search for rates, one for all LoRA runs; optimizer state is paged only by
+`--set way.paged=True`, since on a CPU both memories are one. One seed: rows 0.01 nats apart may be equal.
+Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.qlora --sweep     (5 runs, about 20 min)
+Expect: NF4 costs hundredths of a nat and LoRA over it ends within a third of that of LoRA (the paper: no
+        difference in MMLU after fine-tuning). Rounding the merged matrices again costs about the gap once more.
+        The weights take less than half the bytes, the table most of what is left; a step takes longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.shared import few_bits, sft
+from experiments.shared.cells import cells, markdown
+from experiments.shared.costs import Job
+from experiments.shared.few_bits_tuning import (
+    FINDINGS,
+    Way,
+    by_row,
+    computed_again,
+    findings,
+    in_few_bits,
+    optimizer_of,
+    prepared,
+    rise,
+    total,
+)
+from experiments.shared.first_layers import first_layers, smollm2_instruct
+from research.data import corpora, formats, packing, source
+from research.evaluate.nll import Likelihood
+from research.hub.pretrained import Pretrained
+from research.objectives import next_token
+from research.runs import main, param, results
+from research.tokenize import chat
+from research.train import metrics
+from research.train.loop import Training, fit
+from research.train.optim import AdamW8bit
+from research.train.partition import Rule
+from research.types import Params
+from research.weights.base import merge
+
+QLORA = Way(quantized=few_bits.LINEAR, optimizer=AdamW8bit(weight_decay=0.0), again=True)
+WAYS = {
+    "all weights": Way(lr=1e-4, rank=0),
+    "LoRA": Way(),
+    "QLoRA": QLORA,
+    "QLoRA, table too": dataclasses.replace(QLORA, quantized=few_bits.ALL),
+    "QLoRA from LoftQ": dataclasses.replace(QLORA, loftq_steps=1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A step sees batch_size packed rows of `length` tokens; `layers` None is the whole model.
+
+    held_out    conversations; `questions` those of an exam that the rows do not teach
+    """
+
+    way: Way = QLORA
+    warmup_steps: int = 3
+    steps: int = 24
+    batch_size: int = 2
+    length: int = 512
+    layers: int | None = None
+    held_out: int = 24
+    exam: str = "quartz"
+    questions: int = 40
+    seed: int = 0
+
+
+@cache
+def base_of(layers: int | None) -> Pretrained:
+    whole = smollm2_instruct()
+    return whole if layers is None else first_layers(whole, layers)
+
+
+def tables(config: Config) -> tuple[packing.Table, packing.Table]:
+    """Packed rows to train on, and held out."""
+    encode = partial(chat.encode_chat, base_of(config.layers).tokenizer)
+    parts = sft.split(list(formats.conversations(corpora.alpaca_en())), config.held_out)
+    train, held_out = (sft.packed(part, encode, config.length) for part in parts)
+    return train, held_out
+
+
+def costs(config: Config, params: Params, rule: Rule, train: packing.Table) -> dict[str, float]:
+    """Of the compiled step: memory as it trains, and with and without layers computed again."""
+    batch = source.supervised_batch(train, config.batch_size, config.seed, 0)
+    job = Job(
+        base_of(config.layers).model,
+        params,
+        rule,
+        next_token,
+        optimizer_of(config.way, config),
+        batch,
+    )
+    found = {"optimizer_bytes": float(job.optimizer_bytes())}
+    for name, again in (("kept", False), ("again", True)):
+        each = dataclasses.replace(job, model=computed_again(job.model, again)).memory()
+        found |= {f"{name}/{key}": float(value) for key, value in each.items()}
+    return found
+
+
+@cache
+def untouched(config: Config) -> tuple[list[Likelihood], float]:
+    """The dense base before training: the likelihood of each held-out row, and the exam's share."""
+    base = base_of(config.layers)
+    held_out = tables(config)[1]
+    exam = sft.exam(base, config.exam, config.questions).value
+    return by_row(base.model, base.params, held_out), exam
+
+
+def run(config: Config, directory: Path) -> dict[str, float]:
+    base, way = base_of(config.layers), config.way
+    train, held_out = tables(config)
+    dense, exam = untouched(dataclasses.replace(config, way=Way(), seed=0))
+    start, rule = prepared(way, base.params, config.seed)
+    found: dict[str, Any] = {"dense/nll": total(dense), "dense/exam": exam}
+    found |= {f"held/{k}": v for k, v in few_bits.sizes(start).items()}
+    found |= {f"cost/{k}": v for k, v in costs(config, start, rule, train).items()}
+
+    def measured(stage: str, params: Params) -> dict[str, float]:
+        print(f"  measuring: {stage}", flush=True)
+        rows = by_row(base.model, params, held_out)
+        mean, error = rise(rows, dense)
+        return {f"{stage}/nll": total(rows), f"{stage}/rise": mean, f"{stage}/rise_se": error}
+
+    def asked(stage: str, params: Params) -> dict[str, float]:
+        tuned = dataclasses.replace(base, params=params)
+        return {f"{stage}/exam": sft.exam(tuned, config.exam, config.questions).value}
+
+    if way.quantized:
+        found |= measured("before", start) | asked("before", start)
+    else:  # B = 0: the dense base itself
+        found |= {"before/nll": total(dense), "before/rise": 0.0, "before/exam": exam}
+    trained, s_per_step = tune(config, start, rule, train, directory)
+    found |= {"s_per_step": s_per_step} | measured("after", trained) | asked("after", trained)
+    if way.rank:
+        found |= measured("merged", merge(trained))
+    rounded = in_few_bits(trained, way.format)
+    found |= measured("few_bits", rounded)
+    found["few_bits/parameter_bytes"] = few_bits.sizes(rounded)["parameter_bytes"]
+    checked = findings(trained, start, base.params, directory)
+    return found | {f"diagnosis/{k}": v for k, v in checked.items()}
+
+
+def tune(
+    config: Config, start: Params, rule: Rule, train: packing.Table, directory: Path
+) -> tuple[Params, float]:
+    """The trained parameters, and the median seconds of the steps after the first, which compiles."""
+    fitted = fit(
+        next_token(computed_again(base_of(config.layers).model, config.way.again)),
+        source.supervised_source(train, config.batch_size, config.seed),
+        start,
+        optimizer_of(config.way, config),
+        Training(config.steps, log_every=1, keep=1, seed=config.seed, directory=directory),
+        rule=rule,
+        identity=config,
+    )
+    rows = [row for row in metrics.read(directory / "metrics.jsonl") if row["split"] == "train"]
+    return fitted.params, median(row["s_per_step"] for row in rows[1:] or rows)
+
+
+def ways(rows: list[results.Row]) -> dict[str, results.Group]:
+    return {name: group for (name,), group in cells(rows, BASE, way=WAYS).items()}
+
+
+def left(group: results.Group, lora: results.Group) -> float:
+    """The part of the gap before training that is left after it, LoRA over dense matrices being none."""
+    over = {stage: group.statistic(f"{stage}/nll").mean for stage in ("before", "after")}
+    plain = {stage: lora.statistic(f"{stage}/nll").mean for stage in ("before", "after")}
+    return (over["after"] - plain["after"]) / (over["before"] - plain["before"])
+
+
+HEADS = ["trained", "nats before", "after", "gap left", "merged", "in NF4", "exam before", "after"]
+HEADS += ["weights MB", "optimizer MB", "peak MB", "layers again", "s a step", "findings"]
+NOTE = """
+Nats a token of {held_out} held-out conversations' answers, {dense:.3f} under the dense base; an exam of
+{questions} questions, whose standard error is 0.08. Gap left: nats above LoRA's over its nats above the
+base before training. Merged: as one dense matrix; in NF4: rounded (again) after training. Peak: arguments
+and temporaries of the compiled step of {tokens:,} tokens, and with layers computed again. Seconds are the
+median step's. Findings: of `quantize.diagnose`, of all layers' matrices.
+"""
+
+
+def line(name: str, group: results.Group, lora: results.Group | None) -> list[str]:
+    has = {key for row in group.rows for key in results.metrics(row)}
+
+    def shown(key: str, form: str = ".3f", unit: float = 1.0) -> str:
+        return format(group.statistic(key).mean / unit, form) if key in has else "–"
+
+    gap = shown("before/nll")
+    if "before/rise_se" in has:
+        gap += f" (+{shown('before/rise')} ± {shown('before/rise_se')})"
+    part = "–" if lora is None or "before/rise_se" not in has else f"{left(group, lora):.0%}"
+    count = sum(group.statistic(f"diagnosis/{key}").mean for key in FINDINGS)
+    return [
+        name,
+        gap,
+        shown("after/nll"),
+        part,
+        shown("merged/nll"),
+        shown("few_bits/nll"),
+        shown("before/exam", ".2f"),
+        shown("after/exam", ".2f"),
+        shown("held/parameter_bytes", ",.0f", 1e6),
+        shown("cost/optimizer_bytes", ",.0f", 1e6),
+        shown("cost/kept/peak_bytes", ",.0f", 1e6),
+        shown("cost/again/peak_bytes", ",.0f", 1e6),
+        shown("s_per_step", ".1f"),
+        f"{count:.0f} of {group.statistic('diagnosis/rows').mean:.0f}",
+    ]
+
+
+def table(rows: list[results.Row]) -> str:
+    """A line for each way."""
+    found = ways(rows)
+    lines = [line(name, group, found.get("LoRA")) for name, group in found.items()]
+    dense = next(iter(found.values())).statistic("dense/nll").mean
+    note = NOTE.format(
+        held_out=BASE.held_out,
+        dense=dense,
+        questions=BASE.questions,
+        tokens=BASE.batch_size * BASE.length,
+    )
+    return markdown(HEADS, lines) + note
+
+
+def figure(rows: list[results.Row]) -> Figure:
+    """Held-out nats of each way before and after training, and rounded to NF4 after it."""
+    found = ways(rows)
+    drawing = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = drawing.subplots()
+    looks = {"before": ("o", "none"), "after": ("o", "C0"), "few_bits": ("s", "none")}
+    labels = {"before": "before training", "after": "after", "few_bits": "after, rounded to NF4"}
+    for stage, (marker, face) in looks.items():
+        values = [group.statistic(f"{stage}/nll").mean for group in found.values()]
+        axes.plot(
+            values,
+            range(len(found)),
+            marker,
+            color="C0",
+            markerfacecolor=face,
+            label=labels[stage],
+        )
+    dense = next(iter(found.values())).statistic("dense/nll").mean
+    axes.axvline(dense, color="grey", linewidth=0.8, label="dense base")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel("nats a token of held-out answers")
+    axes.legend(frameon=False, fontsize=8)
+    return drawing
+
+
+BASE = Config()
+SWEEP = param("way", *WAYS.values())
+SMOKE = {
+    "steps": 2,
+    "warmup_steps": 1,
+    "batch_size": 1,
+    "length": 96,
+    "layers": 1,
+    "held_out": 12,
+    "questions": 2,
+}
+
+if __name__ == "__main__":
+    main(BASE, SWEEP, run, table, smoke=SMOKE)
