@@ -25,7 +25,7 @@ Differences and choices:
    are the same.
 4. A token's error is relative to its own state (`relative`), the paper's is not (`squared`). In many
    models the first token's state is so large (Sun et al. 2024, arXiv:2402.17762; 0.98 of the sum of
-   squares behind layer 11 of SmolLM2) that the plain error is about this token alone.
+   squares behind layer 11 of SmolLM2, counted from 0) that the plain error is about this token alone.
 5. Only the rounded matrices train. Their scales are those of the matrices as they are at every step;
    norms and biases stay.
 """
