@@ -18,8 +18,8 @@ tokens of the held-out text's kind and 16 steps a layer distil. A layer reads th
 states and aims at the full model's (`quantize.distill`; `reads_full` is the paper's form), with an
 error relative to each token's state. The model is a Q4_1 release made dense: rounded to 4 bits in groups
 of 32 once, which may favour 4 bits here.
-Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.zeroquant_ladder --sweep   (8 runs, about 14 min)
-Expect: the paper's order in both columns of bits. At W8A8 the inputs decide: groups alone help little, a
+Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.zeroquant_ladder --sweep   (8 runs, about 8 min idle)
+Expect: the paper's order at both widths. At W8A8 the inputs decide: groups alone help little, a
         scale a token brings the model back, and little is left to distil. At W4A8 the matrices decide: RTN
         leaves no model, groups and a scale a token one that is clearly worse than the full one, and LKD
         takes back a good part of that. It moves the matrices away from the full ones to do so.
