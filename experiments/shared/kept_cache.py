@@ -1,8 +1,10 @@
 """What a key/value cache in few bits costs and saves, measured on a decoder.
 
-model = with_storage(base.model, keys, values)
-compare(base.model, model, params, windows)     # the text read through the cache, and without one
-bytes_per_token(model), seconds_per_token(model, layers, context, count)
+    model = with_storage(base.model, keys, values)
+    compare(base.model, model, params, windows)     # the text read through the cache, and without one
+    bytes_per_token(model), seconds_per_token(model, layers, context, count)
+
+A text is read at once: what a slot keeps depends on its token alone, so that one by one is the same.
 """
 
 from __future__ import annotations
