@@ -16,7 +16,7 @@ one scale for both signs rounding leaves one code of 2^bits unused, LSQ uses it:
 levels against four. One rate for all, tried for none.
 Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.qat_low_bit --sweep   (2 seeds, about 10 min)
 Expect: at 4 bits all near full precision; at 3 bits training with rounding ahead of rounding after it; at 2
-        bits rounding after training is far from a language model, clipped or not, and LSQ nearest to full
+        bits rounding after training far behind, clipping winning a part back, and LSQ nearest to full
         precision (the paper: a ResNet-18 of 2 bits 3 points below full, of 3 bits none).
 """
 

@@ -14,10 +14,13 @@ Differs from the paper: 135M parameters, not 7B to 65B, whose weights are a smal
 memory; the base was a 4-bit release (Q4_1) made dense, so that it was rounded twice; some dozen
 steps; no search for rates, one for all LoRA runs; optimizer state is paged only by
 `--set way.paged=True`, since on a CPU both memories are one. One seed: rows 0.01 nats apart may be equal.
-Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.qlora --sweep     (5 runs, about 20 min)
+Run:    OPENBLAS_NUM_THREADS=1 bash scripts/cpu.sh .venv/bin/python -m experiments.qlora --sweep
+        (5 runs, about 20 min on 2 idle cores. LoftQ's singular vectors of 210 matrices otherwise wait
+        for their own threads on a machine with other work: minutes instead of half a minute.)
 Expect: NF4 costs hundredths of a nat and LoRA over it ends within a third of that of LoRA (the paper: no
         difference in MMLU after fine-tuning). Rounding the merged matrices again costs about the gap once more.
-        The weights take less than half the bytes, the table most of what is left; a step takes longer.
+        The weights take a third of the bytes, half of them the table's; computing layers again spares most of
+        a step's memory, and rounding the table makes a step slower by a third.
 """
 
 from __future__ import annotations
@@ -210,7 +213,7 @@ def line(name: str, group: results.Group, lora: results.Group | None) -> list[st
 
     gap = shown("before/nll")
     if "before/rise_se" in has:
-        gap += f" (+{shown('before/rise')} ± {shown('before/rise_se')})"
+        gap += f" ({shown('before/rise', '+.3f')} ± {shown('before/rise_se')})"
     part = "–" if lora is None or "before/rise_se" not in has else f"{left(group, lora):.0%}"
     count = sum(group.statistic(f"diagnosis/{key}").mean for key in FINDINGS)
     return [

@@ -1,9 +1,11 @@
 """Ways to train a decoder over matrices of few bits, and what is looked at afterwards.
 
-params, rule = prepared(way, base.params, seed)
-...                                      # train by `rule` with `optimizer_of(way, config)`
-rise(by_row(model, trained, table), by_row(model, base.params, table))
-in_few_bits(trained, way.format)         # rounded (again)
+    params, rule = prepared(way, base.params, seed)
+    ...                                      # train by `rule` with `optimizer_of(way, config)`
+    rise(by_row(model, trained, table), by_row(model, base.params, table))
+    in_few_bits(trained, way.format)         # rounded (again)
+
+Rises are of the same packed rows under both parameters, so that their errors are paired.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ def findings(trained: Params, start: Params, dense: Params, directory: Path) -> 
     found = {name: 0.0 for name in FINDINGS}
     for name in (name for row in rows for name in row.findings):
         found[name] += 1
-    errors, updates = ([getattr(row, n) for row in rows] for n in ("error", "update"))
-    for name, values in (("largest_error", errors), ("largest_update", updates)):
-        found |= {name: max(v for v in values if v is not None)} if any(values) else {}
+    for field in ("error", "update"):
+        values = [value for row in rows if (value := getattr(row, field)) is not None]
+        found |= {f"largest_{field}": max(values)} if values else {}
     return {"rows": float(len(rows))} | found
