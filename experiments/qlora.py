@@ -97,12 +97,13 @@ def base_of(layers: int | None) -> Pretrained:
     return whole if layers is None else first_layers(whole, layers)
 
 
-def tables(config: Config) -> tuple[packing.Table, packing.Table]:
-    """Packed rows to train on, and held out."""
-    encode = partial(chat.encode_chat, base_of(config.layers).tokenizer)
-    parts = sft.split(list(formats.conversations(corpora.alpaca_en())), config.held_out)
-    train, held_out = (sft.packed(part, encode, config.length) for part in parts)
-    return train, held_out
+@cache
+def tables(length: int, held_out: int) -> tuple[packing.Table, packing.Table]:
+    """Packed rows to train on, and those of `held_out` conversations; a sweep reads them once."""
+    encode = partial(chat.encode_chat, smollm2_instruct().tokenizer)
+    parts = sft.split(list(formats.conversations(corpora.alpaca_en())), held_out)
+    train, kept = (sft.packed(part, encode, length) for part in parts)
+    return train, kept
 
 
 def costs(config: Config, params: Params, rule: Rule, train: packing.Table) -> dict[str, float]:
@@ -127,14 +128,14 @@ def costs(config: Config, params: Params, rule: Rule, train: packing.Table) -> d
 def untouched(config: Config) -> tuple[list[Likelihood], float]:
     """The dense base before training: the likelihood of each held-out row, and the exam's share."""
     base = base_of(config.layers)
-    held_out = tables(config)[1]
+    held_out = tables(config.length, config.held_out)[1]
     exam = sft.exam(base, config.exam, config.questions).value
     return by_row(base.model, base.params, held_out), exam
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
     base, way = base_of(config.layers), config.way
-    train, held_out = tables(config)
+    train, held_out = tables(config.length, config.held_out)
     dense, exam = untouched(dataclasses.replace(config, way=Way(), seed=0))
     start, rule = prepared(way, base.params, config.seed)
     found: dict[str, Any] = {"dense/nll": total(dense), "dense/exam": exam}
