@@ -157,10 +157,11 @@ def state_of(files: Stored, name: str) -> dict[str, Any]:
 
 def _require_nested(files: Stored, name: str, state: dict[str, Any]) -> None:
     block, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    if block != double.BLOCK or not isinstance(offset, int | float):
+    finite = isinstance(offset, int | float) and np.isfinite(offset)
+    if block != double.BLOCK or not finite:
         raise CheckpointError(
             f"{files.files[name]}: {name}: nested_blocksize = {block!r}, nested_offset = "
-            f"{offset!r}; expected {double.BLOCK} and a number"
+            f"{offset!r}; expected {double.BLOCK} and a finite number"
         )
 
 

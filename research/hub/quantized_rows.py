@@ -146,7 +146,10 @@ def _matrix(files: Stored, name: str, format: Format, transposed: bool) -> Matri
         files.require(part, leaf.shape, np.dtype(leaf.dtype), why=why)
 
     def read() -> Quantized:
-        parts = [files.read(codes), *(files.finite(part) for part in list(arrays)[1:])]
+        found = files.read(codes)
+        if isinstance(format, Float8) and not np.isfinite(found.view(format.dtype)).all():
+            raise CheckpointError(f"{files.files[codes]}: {codes} holds codes of nan or inf")
+        parts = [found, *(files.finite(part) for part in list(arrays)[1:])]
         return jax.tree.unflatten(jax.tree.structure(kind), parts)
 
     shape = (rows, held // size * count)

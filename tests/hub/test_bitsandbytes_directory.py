@@ -139,6 +139,12 @@ STATE = ".quant_state.bitsandbytes__nf4"
             r"{} has shape \[3072, 1\], expected \[2048, ",
         ),
         ("nf4_double", STATE, stated(nested_blocksize=64), "nested_blocksize = 64"),
+        (
+            "nf4_double",
+            STATE,
+            stated(nested_offset=float("nan")),
+            "nested_offset = nan; expected 256",
+        ),
         ("nf4_double", STATE, stated(quant_type="nf3"), "no description of a matrix in nf4 or fp4"),
         ("nf4_double", ".quant_map", lambda a: a[::-1], "{}.quant_map is not the table NF4"),
         ("nf4_double", ".nested_absmax", lambda a: a * np.nan, "{}.nested_absmax holds nan or inf"),

@@ -1,6 +1,7 @@
 """Directories of few bits: rebuilt from their own description by NumPy, opened to the same Weights."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -168,6 +169,21 @@ def test_broken_tensors_are_named(saved, name, change, said):
     with_tensor(saved, f"{Q}.{name}", change)
     with pytest.raises(CheckpointError, match=said.format(Q)):
         hub.load(saved)
+
+
+def test_scales_that_are_missing_and_floats_that_are_none(saved, tmp_path):
+    for number, (name, part, change, said) in enumerate(
+        [
+            ("self_attn.k_proj", "scale", lambda a: None, "lacks the tensor {}.scale"),
+            ("self_attn.v_proj", "zero", lambda a: None, "lacks the tensor {}.zero"),
+            ("mlp.up_proj", "codes", lambda a: a | 0x7F, "{}.codes holds codes of nan or inf"),
+        ]
+    ):
+        folder, name = tmp_path / str(number), f"model.layers.0.{name}.weight"
+        shutil.copytree(saved, folder)
+        with_tensor(folder, f"{name}.{part}", change)
+        with pytest.raises(CheckpointError, match=said.format(name)):
+            hub.load(folder)
 
 
 def with_config(folder, change):

@@ -91,3 +91,5 @@ def test_bad_input(params):
     with pytest.raises(ValueError, match="need 12; the text has 11 tokens"):
         calibrate.windows_of(range(11), 4, 3)
     assert calibrate.windows_of(range(12), 4, 3).shape == (3, 4)
+    with pytest.raises(ValueError, match=f"the measure of {Q} needs something given"):
+        observed.add(params, Q, measures.Histogram(4), {})

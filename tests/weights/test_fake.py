@@ -136,3 +136,20 @@ def test_axes_have_a_name_for_each_axis_of_each_leaf():
     axes = base.leaf_axes(both(LEARNED["int2"], True)[1], names)
     assert axes["k"]["kernel"].step == ("layers", "ffn", None)
     assert axes["t"]["table"].step == ("vocab", None)
+
+
+def test_bad_input():
+    params = {"k": {"kernel": jnp.ones((16, 8))}}
+    with pytest.raises(ValueError, match="a learned step needs an Integer format"):
+        fake.add(params, ".*", Codebook(group=16), learned_step=True)
+    with pytest.raises(ValueError, match="zero_point='middle' and double=False"):
+        fake.add(params, ".*", Integer(4, 16, double=True), learned_step=True)
+    for learned in (False, True):
+        with pytest.raises(ValueError, match=r"k/kernel \(16, 8\): groups of 12 do not fill 16"):
+            fake.add(params, ".*", Integer(4, 12), learned)
+        with pytest.raises(ValueError, match=r"k/kernel \(16, 8\) holds nan or inf"):
+            fake.add({"k": {"kernel": jnp.full((16, 8), jnp.inf)}}, ".*", Integer(4, 16), learned)
+        with pytest.raises(ValueError, match="k/kernel is a Quantized already"):
+            fake.add(quantize(params, ".*", Integer(4, 16)), ".*", Integer(4, 16), learned)
+    with pytest.raises(ValueError, match="no fake-quantized matrix"):
+        fake.finish(params)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.weights import int8
+from research.weights import int8, lora
 from research.weights.base import matmul, matmul_transposed, row_count, take
 from research.weights.formats import Codebook, Integer
-from research.weights.quantized import quantize, quantized
+from research.weights.quantized import Quantized, quantize, quantized
 
 W8 = Integer(8, "row")
 # Matrices whose integers are summed, and others; the same function either way.
@@ -165,3 +165,32 @@ def test_the_gradient_is_that_of_the_float_form(name):
             return ((steps * size) @ base.replace(scale=sizes).dense() * g).sum()
 
         np.testing.assert_allclose(sizes, jax.grad(plain)(base.scale), rtol=1e-4, atol=1e-4)
+
+
+def test_bad_input():
+    params = {"k": {"kernel": normal(0, 16, 8)}, "norm": {"scale": jnp.ones(4)}}
+    for options, said in [
+        ({"per": "row"}, "'token', 'tensor' or 'static', not 'row'"),
+        ({"bits": 9}, "2 to 8 bits, not 9"),
+        ({"per": "static"}, "per='static' needs `largest`"),
+        ({"largest": {"k/kernel": 1.0}}, "per='static' needs `largest` .* per is 'token'"),
+        ({"per": "static", "largest": {}}, "`largest` has no magnitude for k/kernel"),
+        ({"per": "static", "largest": {"k/kernel": [1.0]}}, r"k/kernel needs .* of shape \(\), .* \(1,\)"),
+        ({"per": "static", "largest": {"k/kernel": 0.0}}, "k/kernel has .* not a positive number"),
+        ({"per": "static", "largest": {"k/kernel": np.nan}}, "k/kernel has .* not a positive number"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            int8.add(params, "k/kernel", **options)
+    with pytest.raises(ValueError, match=r"not norm/scale \(4,\)"):
+        int8.add(params, "norm/scale")
+    adapted = lora.add(params, "k/kernel", jax.random.key(0), rank=2)
+    with pytest.raises(ValueError, match="k/kernel is a LoRA already: add it before adapters"):
+        int8.add(adapted, "k/kernel")
+    with pytest.raises(ValueError, match="k/kernel is a QuantizedInputs already"):
+        int8.add(int8.add(params, "k/kernel"), "k/kernel")
+    codes = jax.ShapeDtypeStruct((1, int8.LONGEST + 1), jnp.uint8)
+    long = Quantized(codes, jax.ShapeDtypeStruct((1, 1), jnp.float32), None, W8, True)
+    with pytest.raises(
+        ValueError, match=f"sums of {int8.LONGEST + 1} products do not fit in int32"
+    ):
+        int8.require_base("quantization of inputs", "k/kernel", long)
