@@ -1,6 +1,6 @@
 """Layer-by-layer distillation: a quantized layer trained until its output is the full layer's again.
 
-ZeroQuant's LKD (Yao et al. 2022, arXiv:2206.01861, section 4.3), from below, one layer after another:
+ZeroQuant's LKD (Yao et al. 2022, arXiv:2206.01861), from below, one layer after another:
 
     minimise  mean over tokens of |L̂(x̂) - L(x)|² / |L(x)|²   over the matrices of L̂
 
@@ -32,6 +32,7 @@ Differences and choices:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -43,6 +44,7 @@ import optax
 
 from research.models.attention import Inputs
 from research.models.decoder import Decoder
+from research.paths import named_leaves
 from research.quantize import layerwise
 from research.quantize.layerwise import Layer, Progress, States
 from research.train import optim
@@ -132,9 +134,12 @@ def train(
 ) -> Params:
     """The layer's parameters after `steps` steps, of which step n sees batch n modulo their number.
 
-    student: the layer's own parameters, some of them of `fake.add`. target: [B, T, D] for each batch.
+    student: the layer's own parameters, of which those of `fake.add` train. target: [B, T, D] for each
+    batch. RuleError when none of them is.
     """
-    trainable, frozen = partition(student, fake.TRAINABLE)
+    nodes = named_leaves(student, is_leaf=fake.is_fake)
+    rounded = [re.escape(f"{name}/base") for name, w in nodes if fake.is_fake(w)]
+    trainable, frozen = partition(student, "|".join(rounded))
     trainable = jax.tree.map(jnp.copy, trainable)  # a step's arguments are given away
     state = optim.optimizer(optimizer, trainable).init(trainable)
     for step in range(steps):

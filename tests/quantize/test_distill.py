@@ -125,6 +125,18 @@ def test_training_is_that_of_a_slow_loop(params, windows):
         np.testing.assert_allclose(found[f"{name}/base/base"], w, atol=1e-2 * moved)
 
 
+def test_only_rounded_matrices_train(params, windows):
+    layer, own, states = first(params, windows)
+    target = [x for x, _ in layerwise.run(layer, own, states)]
+    own = int8.add(own, r".*/attention/.*/kernel")  # dense matrices that are a Weight's `base`
+    student = fake.add(own, r".*/ffn/.*/kernel", FORMAT)
+    trained = dict(named_leaves(distill.train(layer, student, states, target, 1, ADAM)))
+    moved = {n for n, w in named_leaves(student) if not np.array_equal(w, trained[n])}
+    assert moved == {n for n in trained if "/ffn/" in n} and len(trained) == 9
+    with pytest.raises(RuleError):
+        distill.train(layer, own, states, target, 1, ADAM)
+
+
 def test_what_is_left_are_few_bits_with_the_values_trained_with(params, windows, made):
     nodes = [w for w in jax.tree.leaves(made.params, is_leaf=is_weight) if is_weight(w)]
     assert len(nodes) == 7
@@ -152,6 +164,10 @@ def test_the_papers_form_reads_the_full_models_states(params, windows, nearest):
     inputs = layerwise.enter(MODEL, params, windows, 6)[0][1]
     y = layerwise.apply(layer, layer.own(nearest), (full[0], inputs))
     np.testing.assert_allclose(wrong(full[1:], y[None])[0], found.before[1], rtol=1e-3)
+    options |= {"steps": 24, "optimizer": ADAM, "batch_size": 3}
+    trained = distill.quantize(MODEL, params, windows, FORMAT, **options)
+    np.testing.assert_allclose(trained.before, found.before, rtol=1e-3)
+    assert (trained.after < trained.before).all()
 
 
 def test_inputs_may_stay_as_they_are(params, windows):
