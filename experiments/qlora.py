@@ -17,8 +17,9 @@ steps; no search for rates, one for all LoRA runs; optimizer state is paged only
 Run:    OPENBLAS_NUM_THREADS=1 bash scripts/cpu.sh .venv/bin/python -m experiments.qlora --sweep
         (5 runs, about 20 min on 2 idle cores. LoftQ's singular vectors of 210 matrices otherwise wait
         for their own threads on a machine with other work: minutes instead of half a minute.)
-Expect: NF4 costs hundredths of a nat and LoRA over it ends within a third of that of LoRA (the paper: no
-        difference in MMLU after fine-tuning). Rounding the merged matrices again costs about the gap once more.
+Expect: NF4 costs two tenths of a nat (0.25 of an encyclopedia, `quantize_formats`) and LoRA over it ends within
+        a third of that of LoRA (the paper: no difference in MMLU after fine-tuning). Rounding the merged
+        matrices again costs about the gap once more.
         The weights take a third of the bytes, half of them the table's; computing layers again spares most of
         a step's memory, and rounding the table makes a step slower by a third.
 """
@@ -29,18 +30,17 @@ import dataclasses
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from experiments.shared import few_bits, sft
 from experiments.shared.cells import cells, markdown
-from experiments.shared.costs import Job
 from experiments.shared.few_bits_tuning import (
     FINDINGS,
     Way,
     by_row,
     computed_again,
+    costs,
     findings,
     in_few_bits,
     optimizer_of,
@@ -106,62 +106,56 @@ def tables(length: int, held_out: int) -> tuple[packing.Table, packing.Table]:
     return train, kept
 
 
-def costs(config: Config, params: Params, rule: Rule, train: packing.Table) -> dict[str, float]:
-    """Of the compiled step: memory as it trains, and with and without layers computed again."""
-    batch = source.supervised_batch(train, config.batch_size, config.seed, 0)
-    job = Job(
-        base_of(config.layers).model,
-        params,
-        rule,
-        next_token,
-        optimizer_of(config.way, config),
-        batch,
-    )
-    found = {"optimizer_bytes": float(job.optimizer_bytes())}
-    for name, again in (("kept", False), ("again", True)):
-        each = dataclasses.replace(job, model=computed_again(job.model, again)).memory()
-        found |= {f"{name}/{key}": float(value) for key, value in each.items()}
-    return found
-
-
 @cache
 def untouched(config: Config) -> tuple[list[Likelihood], float]:
     """The dense base before training: the likelihood of each held-out row, and the exam's share."""
     base = base_of(config.layers)
-    held_out = tables(config.length, config.held_out)[1]
-    exam = sft.exam(base, config.exam, config.questions).value
-    return by_row(base.model, base.params, held_out), exam
+    rows = by_row(base.model, base.params, tables(config.length, config.held_out)[1])
+    return rows, sft.exam(base, config.exam, config.questions).value
+
+
+def dense_base(config: Config) -> tuple[list[Likelihood], float]:
+    """`untouched`, once a process whatever the way and the seed."""
+    return untouched(dataclasses.replace(config, way=Way(), seed=0))
+
+
+def measured(config: Config, stage: str, params: Params, asked: bool = False) -> dict[str, float]:
+    """Held-out nats, the rise above the dense base and its error; the exam's share if `asked`."""
+    print(f"  measuring: {stage}", flush=True)
+    base = base_of(config.layers)
+    rows = by_row(base.model, params, tables(config.length, config.held_out)[1])
+    mean, error = rise(rows, dense_base(config)[0])
+    found = {f"{stage}/nll": total(rows), f"{stage}/rise": mean, f"{stage}/rise_se": error}
+    if asked:
+        tuned = dataclasses.replace(base, params=params)
+        found[f"{stage}/exam"] = sft.exam(tuned, config.exam, config.questions).value
+    return found
+
+
+def beginning(config: Config, start: Params) -> dict[str, float]:
+    """Before training: the dense base, and what a way that quantizes begins with (else B = 0)."""
+    rows, exam = dense_base(config)
+    nll = total(rows)
+    found = {"dense/nll": nll, "dense/exam": exam}
+    if config.way.quantized:
+        return found | measured(config, "before", start, asked=True)
+    return found | {"before/nll": nll, "before/rise": 0.0, "before/exam": exam}
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
     base, way = base_of(config.layers), config.way
-    train, held_out = tables(config.length, config.held_out)
-    dense, exam = untouched(dataclasses.replace(config, way=Way(), seed=0))
+    train, _ = tables(config.length, config.held_out)
     start, rule = prepared(way, base.params, config.seed)
-    found: dict[str, Any] = {"dense/nll": total(dense), "dense/exam": exam}
-    found |= {f"held/{k}": v for k, v in few_bits.sizes(start).items()}
-    found |= {f"cost/{k}": v for k, v in costs(config, start, rule, train).items()}
-
-    def measured(stage: str, params: Params) -> dict[str, float]:
-        print(f"  measuring: {stage}", flush=True)
-        rows = by_row(base.model, params, held_out)
-        mean, error = rise(rows, dense)
-        return {f"{stage}/nll": total(rows), f"{stage}/rise": mean, f"{stage}/rise_se": error}
-
-    def asked(stage: str, params: Params) -> dict[str, float]:
-        tuned = dataclasses.replace(base, params=params)
-        return {f"{stage}/exam": sft.exam(tuned, config.exam, config.questions).value}
-
-    if way.quantized:
-        found |= measured("before", start) | asked("before", start)
-    else:  # B = 0: the dense base itself
-        found |= {"before/nll": total(dense), "before/rise": 0.0, "before/exam": exam}
-    trained, s_per_step = tune(config, start, rule, train, directory)
-    found |= {"s_per_step": s_per_step} | measured("after", trained) | asked("after", trained)
+    batch = source.supervised_batch(train, config.batch_size, config.seed, 0)
+    memory = costs(base.model, start, rule, optimizer_of(way, config), batch)
+    found = {f"held/{k}": v for k, v in few_bits.sizes(start).items()}
+    found |= {f"cost/{k}": v for k, v in memory.items()} | beginning(config, start)
+    trained, found["s_per_step"] = tune(config, start, rule, train, directory)
+    found |= measured(config, "after", trained, asked=True)
     if way.rank:
-        found |= measured("merged", merge(trained))
+        found |= measured(config, "merged", merge(trained))
     rounded = in_few_bits(trained, way.format)
-    found |= measured("few_bits", rounded)
+    found |= measured(config, "few_bits", rounded)
     found["few_bits/parameter_bytes"] = few_bits.sizes(rounded)["parameter_bytes"]
     checked = findings(trained, start, base.params, directory)
     return found | {f"diagnosis/{k}": v for k, v in checked.items()}
@@ -195,8 +189,20 @@ def left(group: results.Group, lora: results.Group) -> float:
     return (over["after"] - plain["after"]) / (over["before"] - plain["before"])
 
 
-HEADS = ["trained", "nats before", "after", "gap left", "merged", "in NF4", "exam before", "after"]
-HEADS += ["weights MB", "optimizer MB", "peak MB", "layers again", "s a step", "findings"]
+# After the way, what it began with and the part of the gap: (head, metric, form, unit).
+COLUMNS = (
+    ("after", "after/nll", ".3f", 1),
+    ("merged", "merged/nll", ".3f", 1),
+    ("in NF4", "few_bits/nll", ".3f", 1),
+    ("exam before", "before/exam", ".2f", 1),
+    ("after", "after/exam", ".2f", 1),
+    ("weights MB", "held/parameter_bytes", ",.0f", 1e6),
+    ("optimizer MB", "cost/optimizer_bytes", ",.0f", 1e6),
+    ("peak MB", "cost/kept/peak_bytes", ",.0f", 1e6),
+    ("layers again", "cost/again/peak_bytes", ",.0f", 1e6),
+    ("s a step", "s_per_step", ".1f", 1),
+)
+HEADS = ["trained", "nats before", "gap left", *(column[0] for column in COLUMNS), "findings"]
 NOTE = """
 Nats a token of {held_out} held-out conversations' answers, {dense:.3f} under the dense base; an exam of
 {questions} questions, whose standard error is 0.08. Gap left: nats above LoRA's over its nats above the
@@ -209,30 +215,16 @@ median step's. Findings: of `quantize.diagnose`, of all layers' matrices.
 def line(name: str, group: results.Group, lora: results.Group | None) -> list[str]:
     has = {key for row in group.rows for key in results.metrics(row)}
 
-    def shown(key: str, form: str = ".3f", unit: float = 1.0) -> str:
+    def shown(key: str, form: str = ".3f", unit: float = 1) -> str:
         return format(group.statistic(key).mean / unit, form) if key in has else "–"
 
-    gap = shown("before/nll")
+    before, part = shown("before/nll"), "–"
     if "before/rise_se" in has:
-        gap += f" ({shown('before/rise', '+.3f')} ± {shown('before/rise_se')})"
-    part = "–" if lora is None or "before/rise_se" not in has else f"{left(group, lora):.0%}"
+        before += f" ({shown('before/rise', '+.3f')} ± {shown('before/rise_se')})"
+        part = "–" if lora is None else f"{left(group, lora):.0%}"
     count = sum(group.statistic(f"diagnosis/{key}").mean for key in FINDINGS)
-    return [
-        name,
-        gap,
-        shown("after/nll"),
-        part,
-        shown("merged/nll"),
-        shown("few_bits/nll"),
-        shown("before/exam", ".2f"),
-        shown("after/exam", ".2f"),
-        shown("held/parameter_bytes", ",.0f", 1e6),
-        shown("cost/optimizer_bytes", ",.0f", 1e6),
-        shown("cost/kept/peak_bytes", ",.0f", 1e6),
-        shown("cost/again/peak_bytes", ",.0f", 1e6),
-        shown("s_per_step", ".1f"),
-        f"{count:.0f} of {group.statistic('diagnosis/rows').mean:.0f}",
-    ]
+    each = [shown(*column[1:]) for column in COLUMNS]
+    return [name, before, part, *each, f"{count:.0f} of {shown('diagnosis/rows', '.0f')}"]
 
 
 def table(rows: list[results.Row]) -> str:
@@ -249,23 +241,22 @@ def table(rows: list[results.Row]) -> str:
     return markdown(HEADS, lines) + note
 
 
+LOOKS = (
+    ("before", "o", "none", "before training"),
+    ("after", "o", "C0", "after"),
+    ("few_bits", "s", "none", "after, rounded to NF4"),
+)
+
+
 def figure(rows: list[results.Row]) -> Figure:
     """Held-out nats of each way before and after training, and rounded to NF4 after it."""
     found = ways(rows)
     drawing = Figure(figsize=(7, 3.6), layout="constrained")
     axes = drawing.subplots()
-    looks = {"before": ("o", "none"), "after": ("o", "C0"), "few_bits": ("s", "none")}
-    labels = {"before": "before training", "after": "after", "few_bits": "after, rounded to NF4"}
-    for stage, (marker, face) in looks.items():
+    for stage, marker, face, label in LOOKS:
         values = [group.statistic(f"{stage}/nll").mean for group in found.values()]
-        axes.plot(
-            values,
-            range(len(found)),
-            marker,
-            color="C0",
-            markerfacecolor=face,
-            label=labels[stage],
-        )
+        look = {"color": "C0", "markerfacecolor": face, "label": label}
+        axes.plot(values, range(len(found)), marker, **look)
     dense = next(iter(found.values())).statistic("dense/nll").mean
     axes.axvline(dense, color="grey", linewidth=0.8, label="dense base")
     axes.set_yticks(range(len(found)), list(found))

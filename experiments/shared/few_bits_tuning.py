@@ -17,17 +17,19 @@ import jax
 import numpy as np
 
 from experiments.shared import few_bits, sft
+from experiments.shared.costs import Job
 from experiments.shared.lesson import Lesson
 from research.data import packing
 from research.evaluate import nll
 from research.evaluate.nll import Likelihood
 from research.models.decoder import Decoder
+from research.objectives import next_token
 from research.quantize import diagnose, loftq
 from research.quantize.requantize import quantized_in, requantize
 from research.train.optim import AdamW, Optimizer, Paged
 from research.train.partition import Rule
 from research.train.schedules import Cosine
-from research.types import Params
+from research.types import Batch, Params
 from research.weights import lora
 from research.weights.base import is_weight, merge
 from research.weights.formats import Codebook, Format
@@ -88,6 +90,18 @@ def optimizer_of(way: Way, config: Lesson) -> Optimizer | Paged:
 def computed_again(model: Decoder, again: bool) -> Decoder:
     """The model whose layers are computed again in the backward pass, or not."""
     return model.clone(config=dataclasses.replace(model.config, remat="full" if again else None))
+
+
+def costs(
+    model: Decoder, params: Params, rule: Rule, optimizer: Optimizer | Paged, batch: Batch
+) -> dict[str, float]:
+    """Bytes of the compiled step of `next_token`: with all activations kept, and with layers computed again."""
+    job = Job(model, params, rule, next_token, optimizer, batch)
+    found = {"optimizer_bytes": float(job.optimizer_bytes())}
+    for name, again in (("kept", False), ("again", True)):
+        each = dataclasses.replace(job, model=computed_again(model, again)).memory()
+        found |= {f"{name}/{key}": float(value) for key, value in each.items()}
+    return found
 
 
 def by_row(model: Decoder, params: Params, table: packing.Table) -> list[Likelihood]:

@@ -40,6 +40,8 @@ def test_what_stands_where(params, name):
     nodes = weights_of(start)
     if not way.rank:
         assert not nodes and rule == r".*"
+        rounded = weights_of(in_few_bits(start, way.format))
+        assert len(rounded) == 7 and all(isinstance(w, Quantized) for w in rounded.values())
         return
     over = {n: w for n, w in nodes.items() if n.startswith("stack_0")}
     assert len(over) == 7 and all(isinstance(w, LoRA) for w in over.values())
@@ -97,8 +99,9 @@ def made_up():
 def test_table_and_figure():
     lines = qlora.table(made_up()).splitlines()[2 : 2 + len(WAYS)]
     assert [line.split("|")[1].strip() for line in lines] == list(WAYS)
-    assert "| 1.700 | 1.600 | – | – |" in lines[0]  # all weights: no gap, nothing to merge
-    assert "1.800 (+0.100 ± 0.010)" in lines[2] and "| 10% |" in lines[2]
+    assert "| 1.700 | – | 1.600 | – | 1.700 |" in lines[0]  # all weights: no gap, nothing to merge
+    assert "1.800 (+0.100 ± 0.010)" in lines[2]
+    assert "| 10% | 1.620 | 1.610 | 1.700 |" in lines[2] and lines[2].endswith("| 7 of 7 |")
     groups = qlora.ways(made_up())
     assert left(groups["QLoRA"], groups["LoRA"]) == pytest.approx(0.1)
     (axes,) = qlora.figure(made_up()).axes
