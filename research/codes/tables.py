@@ -79,4 +79,13 @@ def nearest(x: Array, name: str) -> Array:
 
 def look_up(codes: Array, name: str) -> Array:
     """The entry float32 of each code."""
-    return jnp.asarray(table_of(name))[codes]
+    table = table_of(name)
+    if len(table) > FEW:
+        return jnp.asarray(table)[codes]
+    # Halved by one bit of the code after another: XLA's CPU loops do not read a table several
+    # codes at a time, but they choose so.
+    left = list(table)
+    for place in range(len(table).bit_length() - 1):
+        odd = (codes >> place & 1).astype(bool)
+        left = [jnp.where(odd, b, a) for a, b in zip(left[::2], left[1::2], strict=True)]
+    return left[0]
