@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from research.codes.blocks import SMALLEST
 from research.codes.packing import fields, join, word_of
-from research.codes.tables import look_up, nearest, table_of
+from research.codes.tables import choose, nearest, table_of
 from research.types import Array
 
 Group = int | str
@@ -69,7 +69,9 @@ class Codebook:
         return nearest(jnp.clip(rows * spread(inverse, rows.shape[-1]), -1, 1), self.table)
 
     def values(self, codes: Array, scale: Array, zero: None) -> Array:
-        return look_up(codes, self.table) * spread(scale, codes.shape[-1])
+        columns = codes.shape[-1]
+        entries = [spread(entry * scale, columns) for entry in table_of(self.table)]
+        return choose(codes, [jnp.broadcast_to(entry, codes.shape) for entry in entries])
 
 
 @dataclass(frozen=True)
