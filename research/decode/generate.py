@@ -125,9 +125,9 @@ def for_decoding(params: Params, donate: bool = False, dense: bool = True) -> Pa
     through a copy in every step) and, on a CPU, the matrices transposed. With `donate` the stacks of
     `params` are given up on the way, and no two copies of them exist together.
 
-    With `dense` matrices of few bits are made dense here, once, on a CPU: it reads dense ones in less
-    time than it unpacks codes for every token (docs/PERFORMANCE.md). They take a dense model's memory;
-    without it they keep their own.
+    With `dense` matrices of few bits are made dense here, once, on a CPU. Without it they are small
+    between calls, but every call of `generate` unpacks them before its first token: XLA takes that out
+    of the loop over tokens, and holds a dense model's memory meanwhile (docs/PERFORMANCE.md).
     """
     if jax.default_backend() != "cpu":
         return unstack(params, donate=donate)

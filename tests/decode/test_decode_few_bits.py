@@ -1,4 +1,4 @@
-"""Decoding from matrices of few bits: made dense once or unpacked for every token, the same."""
+"""Decoding from matrices of few bits: made dense once or unpacked in every call, the same."""
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ def nodes(params):
     return [w for w in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(w)]
 
 
-def test_made_dense_once_it_says_what_it_says_unpacked_for_every_token(params):
+def test_made_dense_once_it_says_what_it_says_unpacked_in_every_call(params):
     few = quantize(params, r".*(kernel|table)", Codebook(group=16))
     sampling = Sampling(temperature=0, max_tokens=8)
     once, kept = for_decoding(few), for_decoding(few, dense=False)
