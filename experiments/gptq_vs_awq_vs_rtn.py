@@ -35,9 +35,8 @@ from matplotlib.figure import Figure
 
 from experiments.shared import few_bits
 from experiments.shared.cells import cells, markdown
-from experiments.shared.few_bits import LINEAR, Text, Windows
-from experiments.shared.first_layers import first_layers, smollm2_instruct
-from research.hub.pretrained import Pretrained
+from experiments.shared.few_bits import LINEAR, Text
+from experiments.shared.first_layers import smollm2_layers
 from research.quantize import awq, calibrate, clip, gptq_layers, measures
 from research.runs import chain, main, param, product, results
 from research.types import Params
@@ -46,57 +45,46 @@ from research.weights.quantized import quantize
 
 
 @cache
-def base_of(layers: int) -> Pretrained:
-    whole = smollm2_instruct()
-    return whole if layers == whole.model.config.layers else first_layers(whole, layers)
-
-
-@cache
-def windows_of(text: Text) -> Windows:
-    return few_bits.read(smollm2_instruct().tokenizer, text)
-
-
-@cache
-def moments_of(layers: int, text: Text) -> calibrate.Statistics:
+def moments_of(layers: int | None, text: Text) -> calibrate.Statistics:
     """Of the inputs of every matrix, in the full model: one pass a process for all bits."""
-    base, windows = base_of(layers), windows_of(text).calibration
+    base, windows = smollm2_layers(layers), few_bits.read(text).calibration
     return calibrate.measure(base.model, base.params, windows, LINEAR, measures.moments, jnp.add)
 
 
 def nearest(config: Config, format: Integer) -> Params:
-    return quantize(base_of(config.layers).params, LINEAR, format)
+    return quantize(smollm2_layers(config.layers).params, LINEAR, format)
 
 
 def clipped(config: Config, format: Integer) -> Params:
-    params = base_of(config.layers).params
+    params = smollm2_layers(config.layers).params
     return clip.quantize(params, LINEAR, format, moments_of(config.layers, config.text))
 
 
 def scaled(config: Config, format: Integer) -> Params:
-    base = base_of(config.layers)
+    base = smollm2_layers(config.layers)
     return awq.quantize(base.model, base.params, moments_of(config.layers, config.text), format)
 
 
 def made_good(config: Config, format: Integer) -> Params:
-    base, windows = base_of(config.layers), windows_of(config.text).calibration
+    base, windows = smollm2_layers(config.layers), few_bits.read(config.text).calibration
     return gptq_layers.quantize(base.model, base.params, windows, LINEAR, format)
 
 
 def made_good_by_size(config: Config, format: Integer) -> Params:
     """Act-order: columns of large inputs first."""
-    base, windows = base_of(config.layers), windows_of(config.text).calibration
+    base, windows = smollm2_layers(config.layers), few_bits.read(config.text).calibration
     return gptq_layers.quantize(base.model, base.params, windows, LINEAR, format, act_order=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`layers`: the model's first ones, 30 are all. The seed decides nothing."""
+    """`layers`: the first so many alone, which are no language model. The seed decides nothing."""
 
     way: Callable[[Config, Integer], Params] = made_good
     bits: int = 3
     group: int = 64
     text: Text = Text()
-    layers: int = 30
+    layers: int | None = None
     seed: int = 0
 
 
@@ -106,7 +94,7 @@ BITS = {"4": 4, "3": 3, "2": 2}
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    base, windows = base_of(config.layers), windows_of(config.text)
+    base, windows = smollm2_layers(config.layers), few_bits.read(config.text)
     params = config.way(config, Integer(config.bits, config.group, "integer"))
     found = few_bits.measured(base.model, base.params, params, windows.held_out)
     found |= few_bits.sizes(params)

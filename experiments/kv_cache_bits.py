@@ -33,9 +33,8 @@ from matplotlib.figure import Figure
 from experiments.shared import few_bits, kept_cache
 from experiments.shared.cells import cells, markdown
 from experiments.shared.few_bits import Text
-from experiments.shared.first_layers import first_layers, smollm2_instruct
+from experiments.shared.first_layers import smollm2_layers
 from research.decode.generate import for_decoding
-from research.hub.pretrained import Pretrained
 from research.runs import main, param, results
 from research.types import Params
 from research.weights.formats import Codebook, Format, Integer
@@ -80,22 +79,13 @@ class Config:
 
 
 @cache
-def model_of(layers: int | None) -> Pretrained:
-    return smollm2_instruct() if layers is None else first_layers(smollm2_instruct(), layers)
-
-
-@cache
-def windows_of(text: Text) -> np.ndarray:
-    return few_bits.read(smollm2_instruct().tokenizer, text).held_out
-
-
-@cache
 def in_layers(layers: int | None) -> Params:
-    return for_decoding(model_of(layers).params)
+    return for_decoding(smollm2_layers(layers).params)
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    base, kept, windows = model_of(config.layers), config.kept, windows_of(config.text)
+    base, kept = smollm2_layers(config.layers), config.kept
+    windows = few_bits.read(config.text).held_out
     model = kept_cache.with_storage(base.model, kept.keys, kept.values)
     row = few_bits.summary(kept_cache.compare(base.model, model, base.params, windows))
     keys, values = kept_cache.keys_and_values(base.model, base.params, jnp.asarray(windows[:2]))

@@ -48,10 +48,9 @@ from experiments.shared.few_bits_tuning import (
     rise,
     total,
 )
-from experiments.shared.first_layers import first_layers, smollm2_instruct
+from experiments.shared.first_layers import smollm2_instruct, smollm2_layers
 from research.data import corpora, formats, packing, source
 from research.evaluate.nll import Likelihood
-from research.hub.pretrained import Pretrained
 from research.objectives import next_token
 from research.runs import main, param, results
 from research.tokenize import chat
@@ -92,12 +91,6 @@ class Config:
 
 
 @cache
-def base_of(layers: int | None) -> Pretrained:
-    whole = smollm2_instruct()
-    return whole if layers is None else first_layers(whole, layers)
-
-
-@cache
 def tables(length: int, held_out: int) -> tuple[packing.Table, packing.Table]:
     """Packed rows to train on, and those of `held_out` conversations; a sweep reads them once."""
     encode = partial(chat.encode_chat, smollm2_instruct().tokenizer)
@@ -109,7 +102,7 @@ def tables(length: int, held_out: int) -> tuple[packing.Table, packing.Table]:
 @cache
 def untouched(config: Config) -> tuple[list[Likelihood], float]:
     """The dense base before training: the likelihood of each held-out row, and the exam's share."""
-    base = base_of(config.layers)
+    base = smollm2_layers(config.layers)
     rows = by_row(base.model, base.params, tables(config.length, config.held_out)[1])
     return rows, sft.exam(base, config.exam, config.questions).value
 
@@ -122,7 +115,7 @@ def dense_base(config: Config) -> tuple[list[Likelihood], float]:
 def measured(config: Config, stage: str, params: Params, asked: bool = False) -> dict[str, float]:
     """Held-out nats, the rise above the dense base and its error; the exam's share if `asked`."""
     print(f"  measuring: {stage}", flush=True)
-    base = base_of(config.layers)
+    base = smollm2_layers(config.layers)
     rows = by_row(base.model, params, tables(config.length, config.held_out)[1])
     mean, error = rise(rows, dense_base(config)[0])
     found = {f"{stage}/nll": total(rows), f"{stage}/rise": mean, f"{stage}/rise_se": error}
@@ -143,7 +136,7 @@ def beginning(config: Config, start: Params) -> dict[str, float]:
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:
-    base, way = base_of(config.layers), config.way
+    base, way = smollm2_layers(config.layers), config.way
     train, _ = tables(config.length, config.held_out)
     start, rule = prepared(way, base.params, config.seed)
     batch = source.supervised_batch(train, config.batch_size, config.seed, 0)
@@ -166,7 +159,7 @@ def tune(
 ) -> tuple[Params, float]:
     """The trained parameters, and the median seconds of the steps after the first, which compiles."""
     fitted = fit(
-        next_token(computed_again(base_of(config.layers).model, config.way.again)),
+        next_token(computed_again(smollm2_layers(config.layers).model, config.way.again)),
         source.supervised_source(train, config.batch_size, config.seed),
         start,
         optimizer_of(config.way, config),

@@ -80,7 +80,7 @@ class Config:
 
 def run(config: Config, directory: Path) -> dict[str, float]:
     base, kind = smollm2_instruct(), config.kind
-    windows = few_bits.read(base.tokenizer, config.text).held_out
+    windows = few_bits.read(config.text).held_out
     params = base.params
     if kind.format is not None:
         params = quantize(params, kind.rule, kind.format)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from experiments.shared import few_bits, outlier_ratios
 from experiments.shared.cells import cells, markdown
 from experiments.shared.few_bits import LINEAR, Text
-from experiments.shared.first_layers import first_layers, smollm2_instruct
+from experiments.shared.first_layers import smollm2_layers
 from research.quantize import calibrate, measures, smooth
 from research.quantize.calibrate import Statistics
 from research.quantize.rescale import INPUTS, NORM_INPUTS, inject_outliers, leaf, norm_pairs
@@ -111,16 +111,11 @@ class Calibrated(NamedTuple):
     absmax: Statistics
 
 
-@cache
-def windows_of(text: Text) -> few_bits.Windows:
-    return few_bits.read(smollm2_instruct().tokenizer, text)
-
-
 @lru_cache(maxsize=1)
 def calibrated(layers: int | None, outliers: Injected | None, text: Text) -> Calibrated:
     """Kept for the next run of the same model."""
-    base = smollm2_instruct() if layers is None else first_layers(smollm2_instruct(), layers)
-    params, windows = base.params, windows_of(text)
+    base = smollm2_layers(layers)
+    params, windows = base.params, few_bits.read(text)
     if outliers is not None:
         params = inject_outliers(base.model, params, list(outliers.channels), outliers.factor)
     given = (base.model, params, windows.calibration, INPUTS)

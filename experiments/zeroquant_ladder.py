@@ -28,7 +28,6 @@ Expect: the paper's order at both widths. At W8A8 the inputs decide: groups alon
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +35,8 @@ from matplotlib.figure import Figure
 
 from experiments.shared import few_bits
 from experiments.shared.cells import cells, markdown
-from experiments.shared.few_bits import LINEAR, Text, Windows
-from experiments.shared.first_layers import first_layers, smollm2_instruct
+from experiments.shared.few_bits import LINEAR, Text
+from experiments.shared.first_layers import smollm2_layers
 from research.models.decoder import Decoder
 from research.quantize import distill
 from research.runs import main, param, product, results
@@ -108,17 +107,8 @@ def quantized(
     }
 
 
-@cache
-def windows_of(text: Text) -> Windows:
-    """Read once a process."""
-    return few_bits.read(smollm2_instruct().tokenizer, text)
-
-
 def run(config: Config, directory: Path) -> dict[str, float]:
-    base = smollm2_instruct()
-    if config.layers is not None:
-        base = first_layers(base, config.layers)
-    windows = windows_of(config.text)
+    base, windows = smollm2_layers(config.layers), few_bits.read(config.text)
     params, errors = quantized(config, base.model, base.params, windows.calibration)
     found = few_bits.measured(base.model, base.params, params, windows.held_out)
     found["matrix_error"] = few_bits.matrix_error(base.params, params, LINEAR)

@@ -1,9 +1,9 @@
 """A quantized SmolLM2 beside the one it was made of: what experiments of few bits measure alike.
 
     base = smollm2_instruct()                           # the Q4_1 release made dense: "full" below
-    text = read(base.tokenizer, config.text)
+    windows = read(config.text)
     params = quantize(base.params, LINEAR, Integer(4, 64))
-    row = measured(base.model, base.params, params, text) | sizes(params)
+    row = measured(base.model, base.params, params, windows.held_out) | sizes(params)
 
 The base was 4-bit once: what is measured is the loss against its dequantized weights, not against the
 model that was trained. Calibration and held-out windows come from different articles of the same
@@ -15,11 +15,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from experiments.shared.first_layers import smollm2_instruct
 from research.data import corpora
 from research.evaluate import quantization
 from research.quantize import calibrate
@@ -46,13 +48,14 @@ class Windows(NamedTuple):
     calibration: np.ndarray
 
 
-def read(tokenizer: Any, text: Text) -> Windows:
-    """Held-out windows from the encyclopedia's first half, calibration ones from its second; evenly
-    spaced, so that they see many articles."""
-    whole = corpora.wiki()
+@cache
+def read(text: Text) -> Windows:
+    """Held-out windows from the encyclopedia's first half, calibration ones from its second, in SmolLM2's
+    tokens; evenly spaced, so that they see many articles. Read once a process."""
+    encode, whole = smollm2_instruct().tokenizer.encode, corpora.wiki()
     middle = whole.index("\n", len(whole) // 2)
     halves = (whole[:middle], text.held_out), (whole[middle:], text.calibration)
-    return Windows(*(spaced(tokenizer.encode(part), text.length, n) for part, n in halves))
+    return Windows(*(spaced(encode(part), text.length, n) for part, n in halves))
 
 
 def spaced(ids: list[int], length: int, count: int) -> np.ndarray:

@@ -49,6 +49,13 @@ def first_layers(pretrained: Pretrained, count: int) -> Pretrained:
     )
 
 
+@cache
+def smollm2_layers(count: int | None) -> Pretrained:
+    """Its first `count` layers, all of them with None; made once a process."""
+    whole = smollm2_instruct()
+    return whole if count is None else first_layers(whole, count)
+
+
 def put_back(whole: Params, first: Params) -> Params:
     """The whole model's parameters with the embeddings and first layers of `first` in their place.
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import kv_cache_bits
 from experiments.kv_cache_bits import BASE, KINDS, SWEEP
-from experiments.shared import few_bits, kept_cache
+from experiments.shared import kept_cache
 from research.decode.generate import for_decoding
 from research.models import decoder
 from research.models.families.llama import llama
@@ -121,7 +121,3 @@ def test_table_and_figure():
     costs, kept = kv_cache_bits.figure(made_up()).axes
     assert len(costs.containers) == len(KINDS) - 1 and costs.get_yscale() == "log"
     assert len(kept.lines) == 3  # keys, values, and where both are equal
-
-
-def test_percent_by_hand():
-    assert few_bits.percent({"rise": np.log(1.02), "rise_se": 0.01}) == pytest.approx((2, 1.02))
