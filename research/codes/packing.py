@@ -39,15 +39,27 @@ def pack(codes: Array, bits: int) -> Array:
 
 def unpack(packed: Array, bits: int) -> Array:
     """Bytes [..., n * bits / 8] -> codes [..., n], uint8."""
+    return join(fields(packed, bits))
+
+
+def fields(packed: Array, bits: int) -> list[Array]:
+    """The codes at each place of a word, the first place first: uint8 [..., words] each."""
     size, count = word_of(bits)
     if bits == 8:
-        return packed
-    parts = packed.reshape(*packed.shape[:-1], -1, size)
+        return [packed]
+    words = packed
     if size > 1:
-        parts = (parts.astype(jnp.uint32) << _places(8, size)).sum(axis=-1, dtype=jnp.uint32)
-        parts = parts[..., None]
-    codes = (parts >> _places(bits, count).astype(parts.dtype)) & (2**bits - 1)
-    return codes.astype(jnp.uint8).reshape(*packed.shape[:-1], -1)
+        parts = packed.reshape(*packed.shape[:-1], -1, size).astype(jnp.uint32)
+        words = (parts << _places(8, size)).sum(axis=-1, dtype=jnp.uint32)
+    places = range(bits * (count - 1), -1, -bits)
+    return [(words >> place & (2**bits - 1)).astype(jnp.uint8) for place in places]
+
+
+def join(parts: list[Array]) -> Array:
+    """What belongs to the places of a word, [..., words] each, in order: [..., n]."""
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
 
 
 def _places(bits: int, count: int) -> Array:

@@ -13,6 +13,8 @@ A 4-bit float is a sign bit and a magnitude, so that its table is not sorted and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -80,3 +82,17 @@ def nearest(x: Array, name: str) -> Array:
 def look_up(codes: Array, name: str) -> Array:
     """The entry float32 of each code."""
     return jnp.asarray(table_of(name))[codes]
+
+
+def choose(codes: Array, entries: Sequence[Array]) -> Array:
+    """Of 2^bits arrays of the shape of `codes`, each code's.
+
+    Halved by one bit of the codes after another: XLA's CPU loops do not read a table several codes at
+    a time, but they choose so. Entries that are constants would be kept whole beside a scanned step.
+    """
+    left, place = list(entries), 0
+    while len(left) > 1:
+        odd = (codes >> place & 1).astype(bool)
+        left = [jnp.where(odd, b, a) for a, b in zip(left[::2], left[1::2], strict=True)]
+        place += 1
+    return left[0]

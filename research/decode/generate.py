@@ -25,6 +25,8 @@ from research.decode.sampling import Filters, Sampling, choose, log_prob
 from research.models.attention import Cache
 from research.models.decoder import Decoder, unstack
 from research.types import Array, Params
+from research.weights.base import is_weight
+from research.weights.quantized import is_quantized
 from research.weights.transposed import transpose
 
 # Called with the new ids of every row, [] for a row that has ended.
@@ -118,14 +120,28 @@ def generate(
             return finished(state, width, sampling.max_tokens)
 
 
-def for_decoding(params: Params, donate: bool = False) -> Params:
+def for_decoding(params: Params, donate: bool = False, dense: bool = True) -> Params:
     """Parameters as decoding reads them fastest, a copy: one tree a layer (a scanned stack is read
     through a copy in every step) and, on a CPU, the matrices transposed. With `donate` the stacks of
-    `params` are given up on the way, and no two copies of them exist together."""
+    `params` are given up on the way, and no two copies of them exist together.
+
+    With `dense` matrices of few bits are made dense here, once, on a CPU. Without it they are small
+    between calls, but every call of `generate` unpacks them before its first token: XLA takes that out
+    of the loop over tokens, and holds a dense model's memory meanwhile (docs/PERFORMANCE.md).
+    """
     if jax.default_backend() != "cpu":
         return unstack(params, donate=donate)
-    layers = unstack(params, transpose, donate)
-    return {**layers, "head": transpose(layers["head"])} if "head" in layers else layers
+    change = partial(transpose, dense=dense)
+    layers = unstack(params, change, donate)
+    if "head" in layers:
+        layers["head"] = change(layers["head"])
+    if dense and "embed" in layers:
+        layers["embed"] = jax.tree.map(_dense_table, layers["embed"], is_leaf=is_weight)
+    return layers
+
+
+def _dense_table(w: Any) -> Any:
+    return w.dense() if is_quantized(w) else w
 
 
 def in_layers(params: Params) -> bool:

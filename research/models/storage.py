@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from research.codes.packing import pack, unpack
+from research.codes.packing import pack
 from research.types import Array
-from research.weights.formats import Format
+from research.weights.formats import Format, decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,7 @@ def get(kept: Kept, dtype: Any) -> Array:
     """[..., S, K, H]. Of `Slots` a copy: one layer's, where a layer reads it."""
     if not isinstance(kept, Slots):
         return kept.astype(dtype)
-    codes, scale = unpack(kept.codes, kept.format.bits), kept.scale.astype(jnp.float32)
-    return kept.format.values(codes, scale, kept.zero).astype(dtype)
+    return decoded(kept.codes, kept.scale, kept.zero, kept.format).astype(dtype)
 
 
 def stored(config: Any, storage: Storage) -> Any:

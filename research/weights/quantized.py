@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from research.codes.packing import pack, unpack
+from research.codes.packing import pack
 from research.types import Array, Params
 from research.weights import double
-from research.weights.base import Call, Weight, change, is_weight, matrix_shape
-from research.weights.formats import Format
+from research.weights.base import FEW_ROWS, Call, Weight, change, is_weight, matrix_shape
+from research.weights.formats import Format, decoded
 
 
 @struct.dataclass
@@ -37,12 +37,17 @@ class Quantized(Weight):
 
     def values(self) -> Array:
         """What is stored, as float32 [..., rows, columns]."""
-        codes, scale = unpack(self.codes, self.format.bits), double.scales(self.scale)
-        return self.format.values(codes, scale.astype(jnp.float32), self.zero)
+        return decoded(self.codes, double.scales(self.scale), self.zero, self.format)
 
     def dense(self) -> Array:
         values = self.values()
         return values.mT if self.transposed else values
+
+    def matmul(self, x: Array, call: Call) -> Array:
+        return _times_rows(self, x) if self.transposed else super().matmul(x, call)
+
+    def matmul_transposed(self, x: Array, call: Call) -> Array:
+        return super().matmul_transposed(x, call) if self.transposed else _times_rows(self, x)
 
     def take(self, ids: Array, call: Call) -> Array:
         if self.transposed:
@@ -70,6 +75,19 @@ class Quantized(Weight):
         return self.replace(
             codes=(*layers, rows, columns), scale=scale, zero=None if zero is None else spread
         )
+
+
+def _times_rows(w: Quantized, x: Array) -> Array:
+    """x [M, columns] times the stored rows: [M, rows]. A few inputs stand on the right of packed
+    codes: XLA's CPU backend makes a product of one row on the left one loop with what unpacks them,
+    which takes twice the time (docs/PERFORMANCE.md). Bytes are the faster for that loop."""
+    few = x.shape[0] <= FEW_ROWS and w.format.bits < 8
+
+    def product(w: Quantized, x: Array) -> Array:
+        rows = w.values().astype(x.dtype)
+        return (rows @ x.T).T if few else x @ rows.T
+
+    return jax.checkpoint(product, prevent_cse=False)(w, x)
 
 
 def quantize(params: Params, rule: str, format: Format) -> Params:

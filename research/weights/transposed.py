@@ -7,6 +7,7 @@ columns reads each of its rows once, in order (docs/PERFORMANCE.md has the numbe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from flax import struct
 
 from research.types import Array, Params
 from research.weights.base import Call, Weight, is_weight
+from research.weights.int8 import QuantizedInputs
+from research.weights.outliers import Decomposed
+from research.weights.quantized import is_quantized
 
 
 @struct.dataclass
@@ -35,14 +39,21 @@ class Transposed(Weight):
         return Transposed((*names[:-2], names[-1], names[-2]))
 
 
-@jax.jit
-def transpose(tree: Params) -> Params:
+@partial(jax.jit, static_argnames="dense")
+def transpose(tree: Params, dense: bool = False) -> Params:
     """Every matrix of one layer, or of a head, as a `Transposed`, and the base of an adapter too; a
-    Weight without a base stays. Stacked matrices [L, in, out] are not for it: see `unstack`."""
-    return jax.tree.map(_transposed, tree, is_leaf=is_weight)
+    Weight without a base stays. Stacked matrices [L, in, out] are not for it: see `unstack`.
+
+    With `dense` matrices of few bits become dense ones, except where inputs are rounded too: those
+    multiply integers.
+    """
+    return jax.tree.map(lambda w: _transposed(w, dense), tree, is_leaf=is_weight)
 
 
-def _transposed(w: Any) -> Any:
+def _transposed(w: Any, dense: bool) -> Any:
+    if dense and is_quantized(w):
+        return Transposed(w.dense().mT)
     if is_weight(w):
-        return w.replace(base=_transposed(w.base)) if hasattr(w, "base") else w
+        dense = dense and not isinstance(w, QuantizedInputs | Decomposed)
+        return w.replace(base=_transposed(w.base, dense)) if hasattr(w, "base") else w
     return Transposed(w.mT) if w.ndim == 2 else w
