@@ -59,9 +59,16 @@ def capture(model: Decoder, params: Params, tokens: Array) -> tuple[Array, Array
 def _capture(model: Decoder, params: Params, tokens: Array) -> tuple[Array, Array]:
     found = []
 
-    def attend(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None) -> Array:
-        found.append(attention_weights(q, k, mask, scale)[0])
-        return reference(q, k, v, mask, scale)
+    def attend(
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Mask,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Array:
+        found.append(attention_weights(q, k, mask, scale, softcap)[0])
+        return reference(q, k, v, mask, scale, softcap=softcap)
 
     # A scan would trace the closure once for all layers, remat keep its tracers to itself.
     config = dataclasses.replace(model.config, attend=attend, scan=False, remat=None)
@@ -87,9 +94,9 @@ def require_attend(config: DecoderConfig) -> None:
 def calls_attend(config: DecoderConfig, block: Any) -> bool:
     called = []
 
-    def attend(*arguments: Any, **more: Any) -> Array:
+    def attend(*arguments: Any, softcap: float | None = None) -> Array:
         called.append(True)
-        return reference(*arguments, **more)
+        return reference(*arguments, softcap=softcap)
 
     alone = Decoder(dataclasses.replace(config, stacks=(Stack(1, (block,)),), attend=attend))
     params = jax.eval_shape(partial(init, alone), jax.random.key(0))

@@ -5,9 +5,14 @@
     n // (N // K). Scores are q·k * scale (1/sqrt(H) when None), softmax in float32. A query that
     sees no key gives zeros. The result has q's dtype.
 
-Every kernel has this signature: `reference` here, `blockwise` beside it, `attend_auto` that picks one.
-A kernel that can drop attention probabilities takes `dropout=(rate, rng)` too, and is refused by
-`require_dropout` when it cannot.
+Every kernel has this signature: `reference` here, `blockwise` for a CPU, `flash2` and `flash1` for a
+GPU, `attend_auto` that picks one. Most take two more arguments:
+
+    dropout=(rate, rng)   each probability is 0 with that rate and divided by 1 - rate otherwise; one
+                          rng drops the same ones in every kernel (`dropout.kept`)
+    softcap=c             scaled scores x become c * tanh(x / c), before ALiBi is added (Gemma 2)
+
+`require` refuses a kernel that cannot.
 """
 
 from __future__ import annotations
@@ -15,10 +20,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research.kernels.dropout import check_rate, kept, seed_of
 from research.kernels.mask import Mask, distance, to_dense
 from research.types import Array
 
@@ -43,7 +48,9 @@ def check_inputs(q: Array, k: Array, v: Array, mask: Mask) -> None:
             raise ValueError(f"mask.{name} must be {shape} for these q and k, not {value.shape}")
 
 
-def attention_weights(q: Array, k: Array, mask: Mask, scale: float | None = None) -> Array:
+def attention_weights(
+    q: Array, k: Array, mask: Mask, scale: float | None = None, softcap: float | None = None
+) -> Array:
     """softmax(q·kᵀ * scale + bias) over the visible keys: [B, N, T, S] float32."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -51,6 +58,8 @@ def attention_weights(q: Array, k: Array, mask: Mask, scale: float | None = None
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     scores = scores.reshape(B, N, T, S)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     if mask.slopes is not None:
         scores += mask.slopes[None, :, None, None] * distance(mask, T, S)
     return masked_softmax(scores, to_dense(mask, T, S))
@@ -74,29 +83,28 @@ def reference(
     mask: Mask,
     scale: float | None = None,
     dropout: tuple[float, Array] | None = None,
+    softcap: float | None = None,
 ) -> Array:
-    """The contract above, written out; memory grows as T×S.
-
-    With dropout=(rate, rng) each probability is 0 with that rate, and divided by 1 - rate else.
-    """
+    """The contract above, written out; memory grows as T×S."""
     check_inputs(q, k, v, mask)
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    weights = attention_weights(q, k, mask, scale)
+    weights = attention_weights(q, k, mask, scale, softcap)
     if dropout is not None:
         rate, rng = dropout
-        keep = jax.random.bernoulli(rng, 1 - rate, weights.shape)
-        weights = jnp.where(keep, weights / (1 - rate), 0)
+        check_rate(rate)
+        heads = jnp.arange(B * N).reshape(B, N, 1, 1)
+        weights *= kept(seed_of(rng), heads, jnp.arange(T)[:, None], jnp.arange(S), rate)
     weights = weights.reshape(B, K, N // K, T, S)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 
-def require_dropout(attend: Attend) -> None:
-    """ValueError unless the kernel takes `dropout`."""
-    if "dropout" not in inspect.signature(attend).parameters:
+def require(attend: Attend, argument: str) -> None:
+    """ValueError unless the kernel takes `dropout` or `softcap`, whichever is asked for."""
+    if argument not in inspect.signature(attend).parameters:
         name = getattr(attend, "__name__", repr(attend))
         raise ValueError(
-            f"dropout of attention probabilities needs a kernel that can, such as `reference` or "
-            f"`attend_auto`; {name} cannot: set Attention.dropout to 0 or change the kernel"
+            f"the attention kernel {name} has no {argument}: leave Attention.{argument} at its default "
+            f"or take a kernel that has, such as `reference` or `attend_auto`"
         )

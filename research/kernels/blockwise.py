@@ -21,12 +21,22 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from research.kernels.attend import check_inputs
+from research.kernels.dropout import kept
 from research.kernels.mask import Mask
-from research.kernels.tiles import FULL, PARTIAL, Tiles, tile_states, tile_visible, visits
+from research.kernels.online import (
+    Score,
+    absorb,
+    begin,
+    bent,
+    dot,
+    finish,
+    masked_scores,
+    scoring,
+    tile_grads,
+    unbent_grad,
+)
+from research.kernels.tiles import Tiles, visit_table, walk
 from research.types import Array
-
-# Stands for -inf: exp(MASKED - x) is 0 for every score x, and MASKED - MASKED is not nan.
-MASKED = -1e30
 
 
 def blockwise(
@@ -35,6 +45,8 @@ def blockwise(
     v: Array,
     mask: Mask,
     scale: float | None = None,
+    dropout: tuple[float, Array] | None = None,
+    softcap: float | None = None,
     tiles: Tiles | None = None,
 ) -> Array:
     """The contract of `research.kernels.attend`; `tiles` is chosen by shape when None.
@@ -46,9 +58,9 @@ def blockwise(
     check_inputs(q, k, v, mask)
     T, N, H = q.shape[1:]
     S, K = k.shape[1:3]
-    scale = float(H**-0.5 if scale is None else scale)
+    score, seed = scoring(H, scale, softcap, dropout)
     tiles = default_tiles(T, S, N // K) if tiles is None else tiles
-    return _attention(q, k, v, mask.slopes, mask.replace(slopes=None), scale, tiles)
+    return _attention(q, k, v, mask.slopes, mask.replace(slopes=None), seed, score, tiles)
 
 
 def default_tiles(T: int, S: int, G: int) -> Tiles:
@@ -62,23 +74,19 @@ def _even(length: int, most: int) -> int:
     return -(-length // blocks)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, slopes, mask, scale, tiles):
-    return _forward(q, k, v, slopes, mask, scale, tiles)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(q, k, v, slopes, mask, seed, score, tiles):
+    return _forward(q, k, v, slopes, mask, seed, score, tiles)[0]
 
 
-def _attention_forward(q, k, v, slopes, mask, scale, tiles):
-    out, lse = _forward(q, k, v, slopes, mask, scale, tiles)
+def _attention_forward(q, k, v, slopes, mask, seed, score, tiles):
+    out, lse = _forward(q, k, v, slopes, mask, seed, score, tiles)
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-    return out, (q, k, v, slopes, mask, out, lse)
+    return out, (q, k, v, slopes, mask, seed, out, lse)
 
 
-def _attention_backward(scale, tiles, kept, out_grad):
-    q, k, v, slopes, mask, out, lse = kept
-    q_grad, k_grad, v_grad, slopes_grad = _backward(
-        q, k, v, slopes, mask, scale, tiles, out, lse, out_grad
-    )
-    return q_grad, k_grad, v_grad, slopes_grad, None
+def _attention_backward(score, tiles, saved, out_grad):
+    return *_backward(*saved, out_grad, score, tiles), None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -103,8 +111,9 @@ def _from_groups(x: Array, B: int, T: int, block: int) -> Array:
     return x.reshape(B, blocks * block, -1, H)[:, :T]
 
 
-def _group_masks(mask: Mask, slopes: Array | None, B: int, K: int, tiles: Tiles) -> Mask:
-    """The mask with a leading group axis on every array, and segments cut into blocks."""
+def _group_context(mask: Mask, slopes: Array | None, B: int, K: int, G: int, tiles: Tiles) -> tuple:
+    """(mask, heads [B*K, G]): a leading group axis on every array, segments cut into blocks; heads
+    are counted over the whole batch."""
 
     def blocks(ids: Array, block: int) -> Array:
         return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block))).reshape(B, -1, block)
@@ -120,96 +129,92 @@ def _group_masks(mask: Mask, slopes: Array | None, B: int, K: int, tiles: Tiles)
         )
     if slopes is not None:
         grouped = grouped.replace(slopes=jnp.tile(slopes.reshape(K, -1), (B, 1)))
-    return grouped
+    return grouped, jnp.arange(B * K * G).reshape(B * K, G)
 
 
-def _group_visits(mask: Mask, B: int, K: int, T: int, S: int, tiles: Tiles, axis: int) -> tuple:
-    """(full, partial): for each group and block of the other axis, the blocks along `axis`."""
-    states = tile_states(mask, T, S, tiles)
-    states = jnp.repeat(jnp.broadcast_to(states, (B, *states.shape[1:])), K, axis=0)
-    states = jnp.moveaxis(states, axis, -1)
-    return visits(states == FULL), visits(states == PARTIAL)
+def _group_visits(mask: Mask, B: int, K: int, T: int, S: int, tiles: Tiles, axis: int) -> Array:
+    """The table of `visit_table` for each group."""
+    table = visit_table(mask, T, S, tiles, axis)
+    return jnp.repeat(jnp.broadcast_to(table, (B, *table.shape[1:])), K, axis=0)
 
 
-def _walk(step: Callable, seen: tuple, block: Array, carry: Any) -> Any:
-    """`carry = step(other block, carry, masked)` over the full tiles and then the partial ones."""
-    if seen[0][0].shape[-1] == 1:  # one tile: a loop of zero or one rounds costs more than a mask
+def _walk(step: Callable, seen: Array, carry: Any) -> Any:
+    if seen.shape[-1] == 2:  # one tile: a loop of zero or one rounds costs more than a mask
         return step(0, carry, True)
-    for masked, (order, count) in zip((False, True), seen, strict=True):
-
-        def body(n, carry, masked=masked, order=order):
-            return step(order[block, n], carry, masked)
-
-        carry = lax.fori_loop(0, count[block], body, carry)
-    return carry
+    return walk(step, seen, carry)
 
 
-def _scores(
-    product: Array, mask: Mask, i: Array, j: Array, tiles: Tiles, S: int, masked: bool, axis: int
-) -> Array:
-    """q·k of tile (i, j) with ALiBi added and unseen keys at MASKED; queries run along `axis`."""
+def _tile(
+    product: Array,
+    score: Score,
+    context: tuple,
+    i: Array,
+    j: Array,
+    tiles: Tiles,
+    S: int,
+    masked: bool,
+    axis: int,
+) -> tuple[Array, Array, Array | None]:
+    """(scores, the same before mask and ALiBi, what dropout multiplies) of tile (i, j), from q·k.
+
+    The rows, (query head, position), run along `axis`.
+    """
+    mask, heads, seed = context
     G = product.shape[axis] // tiles.query
     rows, columns = partial(jnp.expand_dims, axis=1 - axis), partial(jnp.expand_dims, axis=axis)
     query = rows(jnp.tile(i * tiles.query + jnp.arange(tiles.query), G))
     key = columns(j * tiles.key + jnp.arange(tiles.key))
+    capped = bent(product, score)
     if mask.slopes is not None:
-        product += rows(jnp.repeat(mask.slopes, tiles.query)) * (key - query - mask.offset)
-    if not masked:
-        return product
-    if mask.query_segments is not None:
+        mask = mask.replace(slopes=rows(jnp.repeat(mask.slopes, tiles.query)))
+    if masked and mask.query_segments is not None:
         mask = mask.replace(
             query_segments=rows(jnp.tile(mask.query_segments[i], G)),
             key_segments=columns(mask.key_segments[j]),
         )
-    return jnp.where(tile_visible(mask, query, key, S), product, MASKED)
+    scores = masked_scores(capped, mask, query, key, S, masked)
+    if seed is None:
+        return scores, capped, None
+    return scores, capped, kept(seed, rows(jnp.repeat(heads, tiles.query)), query, key, score.rate)
 
 
-def _forward(q, k, v, slopes, mask, scale, tiles):
+def _forward(q, k, v, slopes, mask, seed, score, tiles):
     """out [B, T, N, H] and the log-sum-exp of every row, [B*K, query blocks, G * block]."""
-    B, T = q.shape[:2]
+    B, T, N = q.shape[:3]
     S, K = k.shape[1:3]
     operands = (
         _to_groups(q, K, tiles.query),
         _to_groups(k, K, tiles.key),
         _to_groups(v, K, tiles.key),
-        _group_masks(mask, slopes, B, K, tiles),
+        _group_context(mask, slopes, B, K, N // K, tiles),
         _group_visits(mask, B, K, T, S, tiles, axis=2),
     )
 
     def group(operands):
-        q, k, v, mask, seen = operands
-        q, k, v = q.astype(jnp.float32) * scale, k.astype(jnp.float32), v.astype(jnp.float32)
-        block = partial(_forward_block, q, k, v, mask, seen, tiles, S)
+        q, k, v, context, seen = operands
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        block = partial(_forward_block, q, k, v, (*context, seed), seen, score, tiles, S)
         return lax.map(block, jnp.arange(q.shape[0]))
 
     out, lse = lax.map(group, operands)
     return _from_groups(out.astype(q.dtype), B, T, tiles.query), lse
 
 
-def _forward_block(q, k, v, mask, seen, tiles, S, i):
+def _forward_block(q, k, v, context, seen, score, tiles, S, i):
     """One query block against the key blocks it sees: out [rows, H], log-sum-exp [rows]."""
     _, rows, H = q.shape
 
-    def step(j, carry, masked):
-        peak, total, out = carry
-        scores = _scores(q[i] @ k[j].T, mask, i, j, tiles, S, masked, axis=0)
-        new_peak = jnp.maximum(peak, scores.max(1))
-        powers = jnp.exp(scores - new_peak[:, None])
-        shrink = jnp.exp(peak - new_peak)
-        return new_peak, total * shrink + powers.sum(1), out * shrink[:, None] + powers @ v[j]
+    def step(j, state, masked):
+        product = dot(q[i], k[j].T)
+        scores, _, kept = _tile(product, score, context, i, j, tiles, S, masked, axis=0)
+        return absorb(state, scores, v[j], kept)
 
-    start = jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((rows, H))
-    peak, total, out = _walk(step, seen, i, start)
-    # A row that saw nothing still has its first peak: it gives zeros, here and in the gradients.
-    sees = peak > MASKED / 2
-    total = jnp.where(sees, total, 1)
-    out = jnp.where(sees[:, None], out / total[:, None], 0)
-    return out, jnp.where(sees, peak + jnp.log(total), -MASKED)
+    return finish(_walk(step, seen[i], begin(rows, H)))
 
 
-def _backward(q, k, v, slopes, mask, scale, tiles, out, lse, out_grad):
+def _backward(q, k, v, slopes, mask, seed, out, lse, out_grad, score, tiles):
     """Gradients of q, k, v and slopes (None when there are none)."""
-    B, T = q.shape[:2]
+    B, T, N = q.shape[:3]
     S, K = k.shape[1:3]
     # dS = P * (dP - delta): delta is the product of a row's result with its gradient.
     delta = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), -1, keepdims=True)
@@ -220,10 +225,10 @@ def _backward(q, k, v, slopes, mask, scale, tiles, out, lse, out_grad):
         _to_groups(out_grad, K, tiles.query),
         _to_groups(delta, K, tiles.query)[..., 0],
         lse,
-        _group_masks(mask, slopes, B, K, tiles),
+        _group_context(mask, slopes, B, K, N // K, tiles),
         _group_visits(mask, B, K, T, S, tiles, axis=1),
     )
-    grads = lax.map(partial(_backward_group, scale, tiles, S), operands)
+    grads = lax.map(partial(_backward_group, score, seed, tiles, S), operands)
     q_grad, k_grad, v_grad, slopes_grad = grads
     return (
         _from_groups(q_grad, B, T, tiles.query).astype(q.dtype),
@@ -233,35 +238,36 @@ def _backward(q, k, v, slopes, mask, scale, tiles, out, lse, out_grad):
     )
 
 
-def _backward_group(scale, tiles, S, operands):
+def _backward_group(score, seed, tiles, S, operands):
     """Gradients of one group: a loop over key blocks, and inside over the queries that see each."""
-    q, k, v, out_grad, delta, lse, mask, seen = operands
+    q, k, v, out_grad, delta, lse, context, seen = operands
     q, k, v, out_grad = (x.astype(jnp.float32) for x in (q, k, v, out_grad))
-    q *= scale
-    G = q.shape[1] // tiles.query
+    G, slopes, context = q.shape[1] // tiles.query, context[0].slopes, (*context, seed)
 
     def key_block(carry, j):
         def step(i, carry, masked):
             q_grad, k_grad, v_grad, slopes_grad = carry
-            scores = _scores(k[j] @ q[i].T, mask, i, j, tiles, S, masked, axis=1)
-            weights = jnp.exp(scores - lse[i])
-            v_grad += weights @ out_grad[i]
-            scores_grad = weights * (v[j] @ out_grad[i].T - delta[i])
-            k_grad += scores_grad @ q[i]
-            q_grad = q_grad.at[i].add(k[j].T @ scores_grad)
-            if mask.slopes is not None:
-                slopes_grad += _slopes_grad(scores_grad, i, j, tiles, G)
-            return q_grad, k_grad, v_grad, slopes_grad
+            product = dot(k[j], q[i].T)
+            scores, capped, kept = _tile(product, score, context, i, j, tiles, S, masked, axis=1)
+            value_product = dot(v[j], out_grad[i].T)
+            weights, grad = tile_grads(scores, lse[i], value_product, delta[i], kept)
+            v_grad += dot(weights, out_grad[i])
+            if slopes_grad is not None:
+                slopes_grad += _slopes_grad(grad, i, j, tiles, G)
+            grad = unbent_grad(grad, capped, score)
+            k_grad += dot(grad, q[i])
+            return q_grad.at[i].add(dot(k[j].T, grad)), k_grad, v_grad, slopes_grad
 
         q_grad, slopes_grad = carry
         zeros = jnp.zeros(k.shape[1:])
         start = q_grad, zeros, zeros, slopes_grad
-        q_grad, k_grad, v_grad, slopes_grad = _walk(step, seen, j, start)
+        q_grad, k_grad, v_grad, slopes_grad = _walk(step, seen[j], start)
         return (q_grad, slopes_grad), (k_grad, v_grad)
 
-    start = jnp.zeros(q.mT.shape), jnp.zeros(G)  # dqᵀ: only the small operand is transposed
+    # dqᵀ: only the small operand is transposed.
+    start = jnp.zeros(q.mT.shape), None if slopes is None else jnp.zeros(G)
     (q_grad, slopes_grad), (k_grad, v_grad) = lax.scan(key_block, start, jnp.arange(k.shape[0]))
-    return q_grad.mT * scale, k_grad, v_grad, slopes_grad
+    return q_grad.mT * score.scale, k_grad * score.scale, v_grad, slopes_grad
 
 
 def _slopes_grad(scores_grad: Array, i: Array, j: Array, tiles: Tiles, G: int) -> Array:

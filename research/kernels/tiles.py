@@ -8,9 +8,12 @@ columns. The block mask of FlexAttention (Dong et al. 2024, arXiv:2412.05496) is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from research.kernels.mask import Mask
 from research.types import Array
@@ -123,3 +126,27 @@ def tile_visible(mask: Mask, i: Array, j: Array, S: int) -> Array:
     if mask.query_segments is not None:
         visible &= (mask.query_segments == mask.key_segments) & (mask.key_segments != 0)
     return visible & (j < S)
+
+
+def visit_table(mask: Mask, T: int, S: int, tiles: Tiles, axis: int) -> Array:
+    """For each block of the other axis, which blocks along `axis` (1: queries, 2: keys) to visit.
+
+    int32 [B or 1, blocks, 2, 1 + others]: [..., 0, :] the full ones, [..., 1, :] the partial ones,
+    each as a count and then so many block indices in ascending order.
+    """
+    states = jnp.moveaxis(tile_states(mask, T, S, tiles), axis, -1)
+    wanted = jnp.stack([states == FULL, states == PARTIAL], -2)
+    order, count = visits(wanted)
+    return jnp.concatenate([count[..., None], order], -1)
+
+
+def walk(step: Callable, table: Any, carry: Any, *row: Array) -> Any:
+    """`carry = step(block, carry, masked)` over a row of `visit_table`: first the full tiles, then the
+    partial ones. The table, or its one row, is an array or, in a Pallas kernel, a reference."""
+    for kind, masked in enumerate((False, True)):
+
+        def body(n, carry, kind=kind, masked=masked):
+            return step(table[*row, kind, 1 + n], carry, masked)
+
+        carry = lax.fori_loop(0, table[*row, kind, 0], body, carry)
+    return carry

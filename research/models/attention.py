@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from research.kernels.attend import Attend, require_dropout
+from research.kernels.attend import Attend, require
 from research.kernels.mask import Mask
 from research.models.layers import Linear
 from research.models.position import NoPosition, Tables
@@ -76,9 +76,9 @@ class Attention(nn.Module):
     """x [B, T, D] -> [B, T, D].
 
     bias: on q, k and v; out_bias: on the output projection. window: keys each query sees, itself
-    included (None: all). scale: of q·k, 1/sqrt(H) when None. dropout: of the attention
-    probabilities, in training; ValueError then for a kernel that has none. storage: how the cache
-    keeps keys and values.
+    included (None: all). scale: of q·k, 1/sqrt(H) when None. softcap: c, which bends scaled scores x
+    to c·tanh(x/c) (Gemma 2). dropout: of the attention probabilities, in training. ValueError for
+    either with a kernel that has none. storage: how the cache keeps keys and values.
 
     Keys and values are made of x, or in cross-attention of `memory` [B, S, D]; then they come back
     in the place of the cache, and `memory` may be what came back before. ValueError then for a
@@ -93,6 +93,7 @@ class Attention(nn.Module):
     window: int | None = None
     scale: float | None = None
     dropout: float = 0.0
+    softcap: float | None = None
     storage: Storage = Storage()
 
     @nn.compact
@@ -127,10 +128,14 @@ class Attention(nn.Module):
         return Linear(D, ("heads", "embed"), self.out_bias, name="o")(y), cache
 
     def _attend(self, attend: Attend, q: Array, k: Array, v: Array, mask: Mask) -> Array:
-        if self.dropout == 0 or not self.has_rng("dropout"):
-            return attend(q, k, v, mask, self.scale)
-        require_dropout(attend)
-        return attend(q, k, v, mask, self.scale, dropout=(self.dropout, self.make_rng("dropout")))
+        more: dict[str, Any] = {}
+        if self.softcap is not None:
+            more["softcap"] = self.softcap
+        if self.dropout > 0 and self.has_rng("dropout"):
+            more["dropout"] = (self.dropout, self.make_rng("dropout"))
+        for argument in more:
+            require(attend, argument)
+        return attend(q, k, v, mask, self.scale, **more)
 
     def _keys_values(self, x: Array) -> tuple[Array, Array]:
         """[B, S, K, H] each."""

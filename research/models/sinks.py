@@ -50,7 +50,7 @@ class StreamingAttention(Attention):
 
     Without sinks and without a cache it is Attention itself, with any kernel. Otherwise the scores
     are built whole, [B, N, T, sinks + window + T]. ValueError without a window, in cross-attention,
-    with a prefix-LM mask, with positions that are not one number a token, and for dropout.
+    with a prefix-LM mask, with positions that are not one number a token, for dropout and a soft cap.
     """
 
     sinks: int = 0
@@ -83,6 +83,7 @@ class StreamingAttention(Attention):
             "has no memory to look at": memory is not None,
             "has no prefix-LM or bidirectional mask": inputs.mask.prefix is not None
             or not inputs.mask.causal,
+            "has no soft cap": self.softcap is not None,
             "has no dropout of probabilities": self.dropout > 0 and self.has_rng("dropout"),
             "counts positions as one number a token": getattr(inputs.positions, "ndim", 0) != 2,
         }

