@@ -29,7 +29,6 @@ from __future__ import annotations
 import dataclasses
 from functools import cache, partial
 from pathlib import Path
-from statistics import median
 
 from matplotlib.figure import Figure
 
@@ -37,31 +36,27 @@ from experiments.shared import few_bits, sft
 from experiments.shared.cells import cells, markdown
 from experiments.shared.few_bits_tuning import (
     FINDINGS,
+    QLORA,
     Way,
     by_row,
-    computed_again,
     costs,
     findings,
     in_few_bits,
+    median_seconds,
     optimizer_of,
     prepared,
     rise,
     total,
+    tune,
 )
 from experiments.shared.first_layers import smollm2_instruct, smollm2_layers
 from research.data import corpora, formats, packing, source
 from research.evaluate.nll import Likelihood
-from research.objectives import next_token
 from research.runs import main, param, results
 from research.tokenize import chat
-from research.train import metrics
-from research.train.loop import Training, fit
-from research.train.optim import AdamW8bit
-from research.train.partition import Rule
 from research.types import Params
 from research.weights.base import merge
 
-QLORA = Way(quantized=few_bits.LINEAR, optimizer=AdamW8bit(weight_decay=0.0), again=True)
 WAYS = {
     "all weights": Way(lr=1e-4, rank=0),
     "LoRA": Way(),
@@ -143,7 +138,8 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     memory = costs(base.model, start, rule, optimizer_of(way, config), batch)
     found = {f"held/{k}": v for k, v in few_bits.sizes(start).items()}
     found |= {f"cost/{k}": v for k, v in memory.items()} | beginning(config, start)
-    trained, found["s_per_step"] = tune(config, start, rule, train, directory)
+    trained, steps = tune(base.model, way, start, rule, train, config, directory)
+    found["s_per_step"] = median_seconds(steps)
     found |= measured(config, "after", trained, asked=True)
     if way.rank:
         found |= measured(config, "merged", merge(trained))
@@ -152,23 +148,6 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     found["few_bits/parameter_bytes"] = few_bits.sizes(rounded)["parameter_bytes"]
     checked = findings(trained, start, base.params, directory)
     return found | {f"diagnosis/{k}": v for k, v in checked.items()}
-
-
-def tune(
-    config: Config, start: Params, rule: Rule, train: packing.Table, directory: Path
-) -> tuple[Params, float]:
-    """The trained parameters, and the median seconds of the steps after the first, which compiles."""
-    fitted = fit(
-        next_token(computed_again(smollm2_layers(config.layers).model, config.way.again)),
-        source.supervised_source(train, config.batch_size, config.seed),
-        start,
-        optimizer_of(config.way, config),
-        Training(config.steps, log_every=1, keep=1, seed=config.seed, directory=directory),
-        rule=rule,
-        identity=config,
-    )
-    rows = [row for row in metrics.read(directory / "metrics.jsonl") if row["split"] == "train"]
-    return fitted.params, median(row["s_per_step"] for row in rows[1:] or rows)
 
 
 def ways(rows: list[results.Row]) -> dict[str, results.Group]:

@@ -1,7 +1,7 @@
 """Ways to train a decoder over matrices of few bits, and what is looked at afterwards.
 
     params, rule = prepared(way, base.params, seed)
-    ...                                      # train by `rule` with `optimizer_of(way, config)`
+    trained, steps = tune(model, way, params, rule, table, config, directory)
     rise(by_row(model, trained, table), by_row(model, base.params, table))
     in_few_bits(trained, way.format)         # rounded (again)
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from statistics import median
 
 import jax
 import numpy as np
@@ -19,14 +20,16 @@ import numpy as np
 from experiments.shared import few_bits, sft
 from experiments.shared.costs import Job
 from experiments.shared.lesson import Lesson
-from research.data import packing
+from research.data import packing, source
 from research.evaluate import nll
 from research.evaluate.nll import Likelihood
 from research.models.decoder import Decoder
 from research.objectives import next_token
 from research.quantize import diagnose, loftq
 from research.quantize.requantize import quantized_in, requantize
-from research.train.optim import AdamW, Optimizer, Paged
+from research.train import metrics
+from research.train.loop import Training, fit
+from research.train.optim import AdamW, AdamW8bit, Optimizer, Paged
 from research.train.partition import Rule
 from research.train.schedules import Cosine
 from research.types import Batch, Params
@@ -67,6 +70,9 @@ class Way:
             )
 
 
+QLORA = Way(quantized=few_bits.LINEAR, optimizer=AdamW8bit(weight_decay=0.0), again=True)
+
+
 def prepared(way: Way, params: Params, seed: int) -> tuple[Params, Rule]:
     """The parameters as training finds them, and the rule that says which of them train."""
     if way.loftq_steps:
@@ -102,6 +108,38 @@ def costs(
         each = dataclasses.replace(job, model=computed_again(model, again)).memory()
         found |= {f"{name}/{key}": float(value) for key, value in each.items()}
     return found
+
+
+def tune(
+    model: Decoder,
+    way: Way,
+    start: Params,
+    rule: Rule,
+    table: packing.Table,
+    config: Lesson,
+    directory: Path,
+) -> tuple[Params, list[metrics.Row]]:
+    """The parameters after `config.steps` on packed rows, and each step's row of metrics."""
+    fitted = fit(
+        next_token(computed_again(model, way.again)),
+        source.supervised_source(table, config.batch_size, config.seed),
+        start,
+        optimizer_of(way, config),
+        Training(config.steps, log_every=1, keep=1, seed=config.seed, directory=directory),
+        rule=rule,
+        identity=config,
+    )
+    rows = metrics.read(directory / "metrics.jsonl")
+    return fitted.params, [row for row in rows if row["split"] == "train"]
+
+
+def seconds(steps: list[metrics.Row]) -> list[float]:
+    """Of the steps after the first, which compiles; of that one when it is alone."""
+    return [row["s_per_step"] for row in steps[1:] or steps]
+
+
+def median_seconds(steps: list[metrics.Row]) -> float:
+    return median(seconds(steps))
 
 
 def by_row(model: Decoder, params: Params, table: packing.Table) -> list[Likelihood]:
