@@ -9,12 +9,10 @@ import pytest
 
 from experiments import qlora_flash
 from experiments.qlora_flash import BASE, FLASH, PLAIN, SWEEP, Config, measured, seen, with_kernel
-from experiments.shared.costs import Job
-from experiments.shared.few_bits_tuning import computed_again, optimizer_of, prepared
+from experiments.shared.few_bits_tuning import Way, costs, optimizer_of, prepared
 from research.data import packing, source, supervised
 from research.models import decoder
 from research.models.families.llama import llama
-from research.objectives import next_token
 from research.runs import override
 from research.runs.canonical import run_id, to_json
 
@@ -52,16 +50,16 @@ def test_losses_do_not_depend_on_the_kernel(params, tmp_path):
 
 
 def temporaries(params, name, length, tokens=1024):
-    config = Config(name, length, tokens, way=WAY)
+    config = Config(name, length, tokens, way=Way(rank=4))
     start, rule = prepared(config.way, params, 0)
-    model = computed_again(with_kernel(MODEL, name), True)
     batch = source.supervised_batch(packed(length), config.batch_size, 0, 0)
-    job = Job(model, start, rule, next_token, optimizer_of(config.way, config), batch)
-    return job.memory()["temporary_bytes"]
+    found = costs(with_kernel(MODEL, name), start, rule, optimizer_of(config.way, config), batch)
+    return found["again/temporary_bytes"]
 
 
 def test_only_the_scores_grow_with_the_row(params):
-    """At 1,024 tokens a step the scores are rows × heads × T² floats; nothing else depends on T."""
+    """At 1,024 tokens a step the scores are rows × heads × T² floats; nothing else depends on T, few bits
+    least of all."""
     grown = {
         name: temporaries(params, name, 1024) - temporaries(params, name, 256)
         for name in (PLAIN, FLASH)
