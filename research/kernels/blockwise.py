@@ -253,7 +253,7 @@ def _backward_group(score, seed, tiles, S, operands):
             weights, grad = tile_grads(scores, lse[i], value_product, delta[i], kept)
             v_grad += dot(weights, out_grad[i])
             if slopes_grad is not None:
-                slopes_grad += _slopes_grad(grad, i, j, tiles, G)
+                slopes_grad += _slopes_grad(grad, context[0], i, j, tiles, G)
             grad = unbent_grad(grad, capped, score)
             k_grad += dot(grad, q[i])
             return q_grad.at[i].add(dot(k[j].T, grad)), k_grad, v_grad, slopes_grad
@@ -270,8 +270,9 @@ def _backward_group(score, seed, tiles, S, operands):
     return q_grad.mT * score.scale, k_grad * score.scale, v_grad, slopes_grad
 
 
-def _slopes_grad(scores_grad: Array, i: Array, j: Array, tiles: Tiles, G: int) -> Array:
-    """Sum of dS * (key - query) per query head: [G]. The offset drops out, as rows of dS sum to 0."""
-    scores_grad = scores_grad.reshape(tiles.key, G, tiles.query)
+def _slopes_grad(grad: Array, mask: Mask, i: Array, j: Array, tiles: Tiles, G: int) -> Array:
+    """Sum of dS times ALiBi's distances per query head: [G]."""
+    grad = grad.reshape(tiles.key, G, tiles.query)
     query, key = i * tiles.query + jnp.arange(tiles.query), j * tiles.key + jnp.arange(tiles.key)
-    return jnp.einsum("sgt,st->g", scores_grad, (key[:, None] - query).astype(jnp.float32))
+    gap = (key[:, None] - query - mask.offset).astype(jnp.float32)
+    return jnp.einsum("sgt,st->g", grad, gap)

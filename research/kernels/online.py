@@ -117,7 +117,7 @@ def finish(state: Rows) -> tuple[Array, Array]:
     """(out [rows, H], log-sum-exp [rows] in base 2), float32."""
     sees = state.peak > MASKED / 2
     total = jnp.where(sees, state.total, 1)
-    out = jnp.where(sees[:, None], state.out / total[:, None], 0)
+    out = jnp.where(sees[..., None], state.out / total[..., None], 0)
     return out, jnp.where(sees, state.peak + jnp.log2(total), -MASKED)
 
 

@@ -140,13 +140,22 @@ def visit_table(mask: Mask, T: int, S: int, tiles: Tiles, axis: int) -> Array:
     return jnp.concatenate([count[..., None], order], -1)
 
 
-def walk(step: Callable, table: Any, carry: Any, *row: Array) -> Any:
+def walk(
+    step: Callable, table: Any, carry: Any, *row: Array, share: tuple[Any, int] = (0, 1)
+) -> Any:
     """`carry = step(block, carry, masked)` over a row of `visit_table`: first the full tiles, then the
-    partial ones. The table, or its one row, is an array or, in a Pallas kernel, a reference."""
+    partial ones. The table, or its one row, is an array or, in a Pallas kernel, a reference.
+
+    share=(part, parts): only every parts-th tile, from number `part` on.
+    """
+    part, parts = share
     for kind, masked in enumerate((False, True)):
 
         def body(n, carry, kind=kind, masked=masked):
-            return step(table[*row, kind, 1 + n], carry, masked)
+            return step(table[*row, kind, 1 + part + n * parts], carry, masked)
 
-        carry = lax.fori_loop(0, table[*row, kind, 0], body, carry)
+        count = table[*row, kind, 0]
+        if parts > 1:
+            count = lax.div(count - part + parts - 1, jnp.asarray(parts, count.dtype))
+        carry = lax.fori_loop(0, count, body, carry)
     return carry

@@ -71,6 +71,11 @@ def piece(block: Array, size: int) -> Any:
     return pl.ds(block * size, size)
 
 
+def span(start: Array, size: int) -> Any:
+    """The slice of `size` entries from `start`."""
+    return pl.ds(start, size)
+
+
 def rows(ref: Any, block: Array, size: int) -> Array:
     """The block-th `size` rows of a reference."""
     return ref[piece(block, size)]

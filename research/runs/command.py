@@ -24,6 +24,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from research.kernels import select
 from research.runs import environment, page, results
 from research.runs.canonical import module_name, run_id, to_json
 from research.runs.overrides import OverrideError, lookup, override, parse_assignments
@@ -218,6 +219,7 @@ def _run_one(
         "metrics": to_json(found, "metrics"),
         "wall_s": round(time.perf_counter() - clock, 3),
         "peak_rss_bytes": environment.peak_memory(),
+        "attention": select.picked(),
         **facts,
     }
     if jax.process_index() == 0:

@@ -1,20 +1,45 @@
 """The choice of a kernel is by shape, reported, and never silent."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.kernels.attend import reference
 from research.kernels.blockwise import blockwise
 from research.kernels.mask import Mask
-from research.kernels.select import attend_auto, kernel, kernel_name
+from research.kernels.select import attend_auto, kernel, kernel_name, picked
 
 
 def test_decoding_takes_the_reference_and_training_does_not():
     assert kernel_name(1, 4096) == "reference"
     assert kernel_name(8, 8) == "reference"
     assert kernel_name(256, 256) == kernel_name(2048, 2048) == "blockwise"
-    assert kernel_name(2048, 2048, backend="gpu") == "reference"
+
+
+def test_a_gpu_takes_the_pallas_kernels_where_they_can():
+    names = [
+        kernel_name(T, 2048, H, dtype, "gpu")
+        for T, H, dtype in [
+            (2048, 64, jnp.bfloat16),
+            (1, 128, jnp.bfloat16),
+            (2048, 512, jnp.bfloat16),
+            (2048, 8, jnp.float32),
+            (2048, 64, jnp.float64),
+        ]
+    ]
+    assert names == ["flash2", "flash_decode", "reference", "reference", "reference"]
+    assert kernel_name(2048, 2048, backend="tpu") == "reference"
+
+
+def test_it_says_what_it_took(key, caplog):
+    q = jax.random.normal(key, (1, 77, 1, 16))
+    with caplog.at_level("INFO", "research.kernels.select"):
+        for _ in range(2):
+            attend_auto(q, q, q, Mask())
+    said = "77 queries and 77 keys of 16 float32"
+    assert caplog.messages == [f"attention of {said}: blockwise"]
+    assert picked()[said] == "blockwise"
 
 
 @pytest.mark.parametrize("T", [1, 64])
@@ -30,5 +55,12 @@ def test_auto_runs_the_kernel_it_names(key, T):
 
 def test_a_kernel_that_does_not_exist_is_an_error():
     assert kernel("blockwise") is blockwise
-    with pytest.raises(ValueError, match="no attention kernel 'flash'; there are auto, blockwise"):
+    with pytest.raises(ValueError, match="no attention kernel 'flash'; there are auto, block"):
         kernel("flash")
+
+
+def test_a_kernel_on_the_wrong_device_is_an_error(key):
+    q = jax.random.normal(key, (1, 64, 2, 16))
+    for name in ("flash1", "flash2", "flash_decode", "cudnn"):
+        with pytest.raises(ValueError, match=f"'{name}' runs on a GPU, and this is a cpu"):
+            kernel(name)(q[:, :8], q[:, :8], q[:, :8], Mask())

@@ -2,12 +2,22 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.kernels.mask import Mask, to_dense
-from research.kernels.tiles import EMPTY, FULL, PARTIAL, Tiles, tile_states, visits
+from research.kernels.tiles import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Tiles,
+    tile_states,
+    visit_table,
+    visits,
+    walk,
+)
 
 
 def slices(mask, T, S, tiles):
@@ -81,3 +91,31 @@ def test_visits_list_the_wanted_blocks_in_order():
     assert count.tolist() == [2, 0, 4]
     assert order[0, :2].tolist() == [1, 3]
     assert order[2].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("T", "S", "tiles"), SHAPES)
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_every_pair_is_visited_once_and_no_empty_tile(T, S, tiles, axis, parts):
+    """What a kernel does: walk over the rows of the table and look at each tile's pairs."""
+    for causal, window, offset in itertools.product((True, False), (None, 4), {0, S - T}):
+        mask = Mask(causal=causal, window=window, offset=offset)
+        dense = np.asarray(to_dense(mask, T, S))[0, 0]
+        table = np.asarray(visit_table(mask, T, S, tiles, axis))[0]
+        counted = np.zeros_like(dense, int)
+        for block, part in itertools.product(range(len(table)), range(parts)):
+            for kind, other in walked(table, block, part, parts):
+                i, j = (block, other) if axis == 2 else (other, block)
+                place = np.s_[
+                    i * tiles.query : (i + 1) * tiles.query, j * tiles.key : (j + 1) * tiles.key
+                ]
+                assert dense[place].any() and (kind == 1 or dense[place].all())
+                counted[place] += dense[place]
+        np.testing.assert_array_equal(counted, dense)
+
+
+def walked(table, block, part, parts):
+    """[(0 full or 1 partial, other block)] in the order of `walk`."""
+    with jax.disable_jit():
+        step = lambda other, found, masked: [*found, (int(masked), int(other))]  # noqa: E731
+        return walk(step, table, [], block, share=(part, parts))
