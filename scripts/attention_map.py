@@ -19,6 +19,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from research import hub
+from research.compiled import keep_compiled
 from research.evaluate import attention
 from research.hub import Pretrained
 from research.hub.download import DownloadError, smollm2
@@ -99,6 +100,7 @@ def arguments(argv: Sequence[str] | None) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
+    keep_compiled()
     name = "SmolLM2-135M-Instruct" if options.model == "smollm2" else Path(options.model).name
     try:
         pretrained = hub.load(smollm2() if options.model == "smollm2" else options.model)

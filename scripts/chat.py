@@ -10,7 +10,6 @@ python -m scripts.chat PATH        a Hugging Face directory or a .gguf file
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,10 +18,11 @@ from typing import Any
 import jax
 
 from research import hub
+from research.compiled import keep_compiled
 from research.decode import PromptError, Sampling, generate
 from research.decode.generate import for_decoding
 from research.decode.text import TextStream
-from research.hub.download import DownloadError, cache_directory, smollm2
+from research.hub.download import DownloadError, smollm2
 from research.tokenize.chat import ChatTemplateError, render
 from research.weights.prompt import before, is_prompt
 
@@ -149,9 +149,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    # Compiled programs are kept between starts.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    keep_compiled()
     try:
         pretrained = hub.load(smollm2() if options.model == "smollm2" else options.model)
         if options.adapter:

@@ -5,7 +5,8 @@
     --smoke                 the tiny config SMOKE; its rows and files stay under runs/smoke/
 
 A finished run is a row of experiments/results/NAME.jsonl and is not run again. An unfinished one
-is handed the directory runs/<id>/ that it had before, and goes on from what it saved there.
+is handed the directory runs/<id>/ that it had before, and goes on from what it saved there. What
+was compiled is kept for the next process (`research.compiled`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from research.compiled import keep_compiled
 from research.kernels import select
 from research.runs import environment, page, results
 from research.runs.canonical import module_name, run_id, to_json
@@ -92,6 +94,7 @@ def main(
     runs/smoke/.
     """
     experiment = experiment_name(run)
+    keep_compiled()
     parser = _parser(experiment, run)
     options = parser.parse_args(arguments)
     try:
