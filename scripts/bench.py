@@ -4,6 +4,8 @@
     python -m scripts.bench --modes decode1 decode8 --repeats 9
     python -m scripts.bench --quick                      small shapes, once each: does it all run?
     python -m scripts.bench --table experiments/results/bench.jsonl       the table of kept rows
+    python -m scripts.bench attention ...        kernels on this device (scripts/benchmark/attention.py)
+    python -m scripts.bench train ...            a training step on it  (scripts/benchmark/train.py)
 
 For each mode two long-lived workers load, compile and warm up, must agree on a result, and then
 take turns, one repetition each, never both at once: a machine that drifts, drifts for both. Needs
@@ -14,6 +16,7 @@ the reference libraries (`bash scripts/references.sh`). Rows go to runs/bench.js
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -224,7 +227,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] in (["attention"], ["train"]):
+        importlib.import_module(f"scripts.benchmark.{given[0]}").main(given[1:])
+        return
+    options = parse(given)
     if options.table is not None:
         print(table.render(table.read(options.table)))
         return
