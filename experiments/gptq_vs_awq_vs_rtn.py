@@ -17,10 +17,10 @@ tried at 3 bits only.
 Run:    OPENBLAS_NUM_THREADS=1 python -m experiments.gptq_vs_awq_vs_rtn --sweep
         (13 runs, about 12 min; nothing is random. On a machine with other work the Cholesky factors
         of GPTQ otherwise wait for their own threads: six times the time of its arithmetic.)
-Expect: the papers' order: all near the full model at 4 bits; at 3 bits RTN loses most, GPTQ and AWQ
-        least and near each other, clipping between, and act-order ahead of GPTQ without; at 2 bits
-        RTN leaves no model, and GPTQ keeps more than AWQ, whose scales cannot help where three steps
-        must do.
+Expect: not the papers' order. Clipping and AWQ lead throughout, half of RTN's loss at 4 and 3 bits and next to
+        each other; GPTQ is no better than RTN in perplexity at 4 and 3 bits, though nearer to the full model in
+        divergence, and with act-order takes a third of the loss away at 3 bits. At 2 bits nothing keeps a
+        model; clipping is the least bad, then AWQ. What may be behind it is in experiments/LOG.md.
 """
 
 from __future__ import annotations

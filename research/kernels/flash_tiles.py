@@ -1,8 +1,8 @@
 """Tile sizes of the Pallas kernels by device and head size.
 
 They are chosen among the ones that keep every number in registers: `scripts/aot.sh` compiles the
-kernels for H100 and A100 without having one, and experiments/results/flash_resources.jsonl holds
-registers, spilled bytes and shared memory of each. Tensor cores of an H100 want 64 rows.
+kernels for H100 and A100 without having one, and docs/flash_resources.jsonl holds registers, spilled
+bytes and shared memory of each. Tensor cores of an H100 want 64 rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ TABLE: dict[tuple[str, int], FlashTiles] = {
     ("a100", 128): FlashTiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     ("a100", 256): FlashTiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
-FLOAT32 = FlashTiles(Tile(32, 32), Tile(32, 32), Tile(32, 32))
+# Float32 is for checks: its products do not round to fewer bits, and so do not run on tensor cores.
+WIDE = Tile(32, 32, 8, 1)
+FLOAT32 = {
+    64: FlashTiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    128: FlashTiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), WIDE),
+    256: FlashTiles(WIDE, WIDE, WIDE),
+}
 
 
 def generation(device_kind: str) -> str:
@@ -44,7 +50,8 @@ def generation(device_kind: str) -> str:
 
 def flash_tiles(H: int, dtype: Any, device_kind: str | None = None) -> FlashTiles:
     """The default for heads of H numbers on a device: the one here when None."""
+    width = 64 if H <= 64 else 128 if H <= 128 else 256
     if jnp.dtype(dtype) == jnp.float32:
-        return FLOAT32
+        return FLOAT32[width]
     kind = jax.devices()[0].device_kind if device_kind is None else device_kind
-    return TABLE[generation(kind), 64 if H <= 64 else 128 if H <= 128 else 256]
+    return TABLE[generation(kind), width]
