@@ -145,7 +145,8 @@ def figure(rows: list[results.Row]) -> Figure:
                     label=way,
                 )
         axes.set(xlabel="bits of a code", title=title, xticks=sorted(BITS.values()))
-        axes.set_yscale("symlog", linthresh=0.01)  # a rise may be below 0
+        positive = all(row[name] > 0 for row in found.values())
+        axes.set_yscale("log" if positive else "symlog")
         axes.title.set_size(10)
         axes.grid(alpha=0.25)
     panels[0].legend(frameon=False, fontsize=8)
