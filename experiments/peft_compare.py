@@ -30,10 +30,10 @@ from matplotlib.figure import Figure
 
 from experiments.shared import methods, sarcasm
 from experiments.shared.cells import cells, markdown
-from experiments.shared.costs import Job
 from experiments.shared.first_layers import smollm2_instruct
 from experiments.shared.methods import METHODS
 from research.data.source import supervised_batch
+from research.plan.program import Job
 from research.runs import chain, main, param, product, results
 
 

@@ -34,8 +34,9 @@ class Torch:
 
     def __init__(self, python: Path):
         script = str(ROOT / "scripts" / "bench_attention_torch.py")
+        # -P: beside the script is a `profile`, which the standard library has too.
         self.process = subprocess.Popen(
-            [str(python), script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [str(python), "-P", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def __call__(self, shape: tuple[int, ...], backward: bool) -> float:

@@ -21,12 +21,12 @@ import jax
 import numpy as np
 
 from experiments.shared.cells import markdown
-from experiments.shared.costs import beginning, lowered, memory_of
 from experiments.shared.methods import METHODS, Adapted
 from research import hub
 from research.data import packing, source, supervised
 from research.hub.download import smollm2
 from research.objectives import next_token
+from research.plan.program import beginning, lowered, memory_of
 from research.train.optim import AdamW
 from research.types import Batch
 from scripts.bench import busy_elsewhere_s

@@ -51,8 +51,10 @@ def test_a_second_process_finds_what_the_first_compiled_and_gets_the_same_bits(p
     first, hits = trained(), []
     assert any(place.iterdir())
     jax.clear_caches()  # as a new process begins
-    jax.monitoring.register_event_listener(lambda event, **more: hits.append(event == HITS))
+    listen = lambda event, **more: hits.append(event == HITS)  # noqa: E731
+    jax.monitoring.register_event_listener(listen)
     second = trained()
+    jax.monitoring.unregister_event_listener(listen)
     assert any(hits)
     jax.tree.map(np.testing.assert_array_equal, first, second)
 

@@ -18,13 +18,13 @@ import jax
 import numpy as np
 
 from experiments.shared import few_bits, sft
-from experiments.shared.costs import Job
 from experiments.shared.lesson import Lesson
 from research.data import packing, source
 from research.evaluate import nll
 from research.evaluate.nll import Likelihood
 from research.models.decoder import Decoder
 from research.objectives import next_token
+from research.plan.program import Job
 from research.quantize import diagnose, loftq
 from research.quantize.requantize import quantized_in, requantize
 from research.train import metrics

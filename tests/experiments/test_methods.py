@@ -9,12 +9,12 @@ import pytest
 
 from experiments import peft_compare
 from experiments.shared import methods, sarcasm
-from experiments.shared.costs import state_bytes
 from experiments.shared.methods import METHODS
 from research.data import packing, supervised
 from research.models import decoder
 from research.models.families.llama import llama
 from research.paths import named_leaves
+from research.plan.program import state_bytes
 from research.runs import override
 from research.runs.canonical import canonical
 from research.runs.overrides import OverrideError

@@ -9,6 +9,11 @@ from research.models.families.fields import Fields
 
 FAMILIES = (gpt, llama, qwen, chatglm, glm, baichuan)
 
+# Every family's published decoders by name: 'llama-7b', 'qwen2.5-0.5b', ...
+PRESETS: dict[str, DecoderConfig] = {
+    name: config for family in FAMILIES for name, config in family.PRESETS.items()
+}
+
 
 def find(config: dict) -> ModuleType:
     """The family module that implements `config["architectures"]`; ConfigError when none does."""

@@ -2,7 +2,8 @@
 
     Job(model, params, rule, objective_of, optimizer, batch).costs()
 
-Nothing is trained and no array is made: shapes are all that is needed.
+Nothing is trained and no array is made: shapes are all that is needed. A step's two halves can be had
+alone: the loss with its gradients, and the update that follows.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from research.models.decoder import unstack
 from research.train.optim import Finished, Optimizer
 from research.train.optim import optimizer as make_optimizer
 from research.train.partition import Rule, partition
 from research.train.state import TrainState, initial_state, training_rng
-from research.train.step import make_step
+from research.train.step import accumulated_gradients, make_step, split_batch
 from research.types import Batch, Objective, Params, PyTree
+
+# Memory and arithmetic are settled before code is generated, which is most of the time.
+UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def beginning(
@@ -38,6 +43,31 @@ def lowered(
     step = make_step(objective, make_optimizer(optimizer, state.trainable))
     shapes = jax.eval_shape(lambda: batch)
     return jax.jit(step, donate_argnums=0).lower(state, frozen, None, shapes)
+
+
+def gradients_lowered(objective: Objective, params: Params, rule: Rule, batch: Batch) -> Any:
+    """The loss and its gradients alone, which are results: no temporary is one of them."""
+
+    def run(trainable: Params, frozen: Params, batch: Batch):
+        state = TrainState(jnp.int32(0), trainable, None, None, training_rng(0))
+        return accumulated_gradients(objective, state, frozen, None, split_batch(batch, 1), 1)
+
+    trainable, frozen = partition(jax.eval_shape(lambda: params), rule)
+    return jax.jit(run).lower(trainable, frozen, jax.eval_shape(lambda: batch))
+
+
+def update_lowered(optimizer: Optimizer | Finished, params: Params, rule: Rule) -> Any:
+    """The step without the model: of half the sum of squares, whose gradient is the parameters
+    themselves and needs no memory."""
+
+    def half(params: Params, context: Any, batch: Batch, rng: Any):
+        trainable, _ = partition(params, rule)
+        squares = [
+            jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(trainable)
+        ]
+        return sum(squares) / 2, {}
+
+    return lowered(half, optimizer, params, rule, {})
 
 
 def memory_of(program: Any) -> dict[str, int]:
