@@ -172,18 +172,21 @@ def self_times(lane: Iterable[Event]) -> list[tuple[Event, float]]:
     return [(event, max(0.0, own)) for event, own in found]
 
 
-# What a compiler and its loops put around a name, and says nothing of the model.
-FRAMES = r"jit\((step|run|main)\)|while|body|cond|closed_call|checkpoint|remat|jvp\(\)|transpose\(jvp\(\)\)"
+# What jit and loops put around a name, and says nothing of the model.
+FRAMES = r"jit\((step|run|main)\)|while|body|cond|closed_call|checkpoint|remat|"
 
 
 def places(program: str) -> dict[str, str]:
-    """Where each operation of a program's text comes from: {'dot.4': 'ffn/gate/dot_general'}."""
-    named_ = re.findall(r'%([\w.-]+) = .*metadata=\{[^}]*?op_name="([^"]+)"', program)
-    return {name: "/".join(parts(path)[-4:]) for name, path in named_}
+    """Where each operation of a program's text comes from: {'dot.4': 'backward Block/ffn/dot_general'}."""
+    pattern = r'%([\w.-]+) = .*metadata=\{[^}]*?op_name="([^"]+)"'
+    return {name: place(path) for name, path in re.findall(pattern, program)}
 
 
-def parts(path: str) -> list[str]:
-    return [part for part in path.split("/") if not re.fullmatch(FRAMES, part)]
+def place(path: str) -> str:
+    """The last names of 'jit(step)/while/body/transpose(jvp())/Block/...', and the direction."""
+    bare = re.sub(r"(?:transpose\()?jvp\(([^()]*)\)+", r"\1", path)
+    names = [name for name in bare.split("/") if not re.fullmatch(FRAMES, name)]
+    return ("backward " if "transpose(" in path else "") + "/".join(names[-4:])
 
 
 def summary(found: Sequence[Operation], where: Mapping[str, str], top: int) -> str:

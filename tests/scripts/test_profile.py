@@ -58,11 +58,22 @@ def test_a_devices_streams_come_before_the_hosts_threads():
     assert [each.name for each in profile.operations(events)] == ["gemm"]
 
 
-def test_places_are_read_off_a_programs_text():
-    line = '  %dot.4 = f32[2]{0} dot(%a, %b), metadata={op_type="d" op_name="jit(step)/while/body/Block/ffn/dot_general"}'
-    assert profile.places(line + "\n  ROOT %add.1 = f32[] add(%x, %y)") == {
-        "dot.4": "Block/ffn/dot_general"
-    }
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        (
+            "jit(step)/jit(run)/while/body/closed_call/Block/ffn/dot_general",
+            "Block/ffn/dot_general",
+        ),
+        ("jit(step)/transpose(jvp())/while/body/Block/ffn/up/mul", "backward Block/ffn/up/mul"),
+        ("jit(run)/transpose(jvp(Decoder.project))/head/dot", "backward Decoder.project/head/dot"),
+        ("jit(run)/jvp(Decoder.hidden)/add", "Decoder.hidden/add"),
+        ("jit(run)/mul", "mul"),
+    ],
+)
+def test_places_are_read_off_a_programs_text(path, place):
+    line = f'  %dot.4 = f32[2]{{0}} dot(%a, %b), metadata={{op_type="d" op_name="{path}"}}'
+    assert profile.places(f"{line}\n  ROOT %add.1 = f32[] add(%x, %y)") == {"dot.4": place}
 
 
 def test_the_summary_gives_shares_and_kinds():
