@@ -127,7 +127,7 @@ def distribution(name):
 DISTRIBUTIONS = {"orbax": ["orbax-checkpoint"], "sentencepiece": ["sentencepiece", "protobuf"]}
 PINNED = {
     file: {distribution(name) for name in re.findall(r"^([\w.-]+)==\S+$", text, re.MULTILINE)}
-    for file in ("requirements.txt", "requirements-reference.txt")
+    for file in ("requirements.txt", "requirements-reference.txt", "requirements-trl.txt")
     for text in [(ROOT / file).read_text()]
 }
 

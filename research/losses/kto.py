@@ -1,0 +1,79 @@
+"""KTO: a preference loss of single answers, each labelled good or bad (Ethayarajh et al. 2024,
+arXiv:2402.01306).
+
+    good   λ_D (1 − σ(β(ρ − z₀)))        bad   λ_U (1 − σ(β(z₀ − ρ)))        ρ = log π(y|x) − log π_ref(y|x)
+
+z₀ is how far the policy is from the reference anyway, estimated from answers that belong to other prompts
+of the batch. So a batch needs two examples at least, and one that mixes prompts.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from research.types import Array
+
+
+@struct.dataclass
+class Answers:
+    """Of B answers: log-probabilities [B] by policy and reference (sums over tokens, nats), and `good`
+    [B] bool."""
+
+    policy: Array
+    reference: Array
+    good: Array
+
+    @property
+    def ratios(self) -> Array:
+        return self.policy - self.reference
+
+
+def mismatched(rows: Array) -> Array:
+    """Each answer's row moved to the next prompt: [B, ...] rotated by one. ValueError for B = 1, where
+    an answer would meet its own prompt."""
+    if rows.shape[0] < 2:
+        raise ValueError(
+            "KTO estimates its reference point from answers to other prompts of the batch: "
+            "a batch of 1 has none, take 2 or more"
+        )
+    return jnp.roll(rows, 1, axis=0)
+
+
+def reference_point(policy: Array, reference: Array) -> Array:
+    """z₀ = max(0, mean(log π − log π_ref)) over mismatched answers [B], nats; no gradient."""
+    return lax.stop_gradient(jnp.maximum(0.0, jnp.mean(policy - reference)))
+
+
+def kto(
+    answers: Answers,
+    z0: Array | float,
+    beta: float = 0.1,
+    good_weight: float = 1.0,
+    bad_weight: float = 1.0,
+) -> Array:
+    """The loss of each answer, [B]: eq. 8 of the paper with λ_D = good_weight and λ_U = bad_weight."""
+    rewards = beta * (answers.ratios - z0)
+    good = good_weight * jax.nn.sigmoid(-rewards)
+    return jnp.where(answers.good, good, bad_weight * jax.nn.sigmoid(rewards))
+
+
+def unpaired_apo(answers: Answers, beta: float = 0.1) -> Array:
+    """KTO with z₀ = 0: APO-zero for answers without a partner (D'Oosterlinck et al. 2024,
+    arXiv:2408.06266)."""
+    return kto(answers, 0.0, beta)
+
+
+def balanced_weights(good: int, bad: int, ratio: float = 1.0) -> tuple[float, float]:
+    """(λ_D, λ_U) with λ_D · good = ratio · λ_U · bad, the smaller one 1.
+
+    The paper asks for a ratio in [1, 4/3]. ValueError without both kinds, or for another ratio.
+    """
+    if good < 1 or bad < 1:
+        raise ValueError(f"KTO needs good and bad answers; there are {good} and {bad}")
+    if not 1 <= ratio <= 1.5:
+        raise ValueError(f"the ratio of weighted good to bad answers is in [1, 1.5], not {ratio}")
+    wanted = ratio * bad / good  # λ_D / λ_U
+    return (wanted, 1.0) if wanted >= 1 else (1.0, 1 / wanted)
