@@ -20,6 +20,7 @@ EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*.py") if p.stem !=
 # import any other, cycles apart.
 MAY = {
     "types": set(),
+    "compiled": set(),
     "paths": {"types"},
     "kernels": {"types"},
     "losses": {"types"},
@@ -89,6 +90,11 @@ def test_nothing_in_research_knows_experiments_scripts_or_tests():
         if name.split(".")[0] in outside
     ]
     assert not wrong
+
+
+def test_only_plans_use_plans():
+    users = {part(m) for m, path in MODULES.items() for name in ours(path) if part(name) == "plan"}
+    assert users == {"plan"}
 
 
 def test_there_are_no_import_cycles():
