@@ -1,14 +1,23 @@
 """next_token against a loss written out by hand, and what the head's subtree is."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.losses.preference import dpo
 from research.models import arrange, decoder
 from research.models.attention import Attention
 from research.models.layers import GatedMlp, Linear
-from research.objectives import head_params, next_token, with_penalty
+from research.objectives import (
+    answer_log_probs,
+    head_params,
+    next_token,
+    preference,
+    with_penalty,
+)
 from research.types import Mean
 
 V, D, B, T = 40, 16, 2, 9
@@ -90,3 +99,67 @@ def test_penalty_adds_and_reports(batch, key):
     np.testing.assert_allclose(metrics["distance"].value, size / 4, rtol=1e-4)
     with pytest.raises(ValueError, match="both report"):
         with_penalty(base, lambda *_: (0.0, {"loss": Mean.of(0.0)}))(params, start, batch, None)
+
+
+def pair_batch(key):
+    """Three rows of two answers of unequal lengths, the last row padding alone."""
+    tokens = jax.random.randint(key, (3, 13), 0, V)
+    segments = jnp.array([[1] * 5 + [2] * 7, [1] * 6 + [2] * 4 + [0] * 2, [0] * 12])
+    weights = (
+        jnp.zeros((3, 12)).at[0, 2:4].set(1).at[0, 8:11].set(1).at[1, 3:5].set(1).at[1, 8].set(1)
+    )
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": weights,
+        "segment_ids": segments,
+        "positions": arrange.segment_positions(segments),
+        "pair_weights": jnp.array([0.5, 0.5, 0.0]),
+    }
+
+
+def alone(model, params, batch, row, segment):
+    """The answer's log-probability from a forward pass of its segment alone."""
+    inside = np.flatnonzero(np.asarray(batch["segment_ids"][row]) == segment)
+    logits = model.apply({"params": params}, batch["tokens"][row, inside][None])[0]
+    own = jax.nn.log_softmax(logits)[jnp.arange(len(inside)), batch["targets"][row, inside]]
+    return (own * batch["weights"][row, inside]).sum()
+
+
+def test_answers_of_a_packed_pair_are_what_they_are_alone(key):
+    model, batch = tiny(True), pair_batch(key)
+    params = INIT(model, key)
+    sums, counts = answer_log_probs(model, params, batch)
+    wanted = [[alone(model, params, batch, r, s) for s in (1, 2)] for r in (0, 1)]
+    np.testing.assert_allclose(sums[:2], wanted, atol=1e-5)
+    np.testing.assert_array_equal(counts, [[2, 3], [2, 1], [1, 1]])
+    np.testing.assert_array_equal(sums[2], 0)
+
+
+def test_preference_is_the_mean_of_the_losses_of_its_pairs(key):
+    model, batch = tiny(True), pair_batch(key)
+    params, other = (INIT(model, k) for k in jax.random.split(key))
+    batch["reference"], _ = answer_log_probs(model, other, batch)
+
+    def by_hand(params):
+        ratios = [
+            [alone(model, params, batch, r, s) - alone(model, other, batch, r, s) for s in (1, 2)]
+            for r in (0, 1)
+        ]
+        return sum(-jax.nn.log_sigmoid(0.3 * (w - l)) for w, l in ratios) / 2
+
+    run = jax.value_and_grad(preference(model, partial(dpo, beta=0.3)), has_aux=True)
+    (value, metrics), grads = jax.jit(run)(params, None, batch, None)
+    wanted, wanted_grads = jax.value_and_grad(by_hand)(params)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    assert float(metrics["loss"].value) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(metrics["accuracy"].count) == 2
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), grads, wanted_grads)
+
+
+def test_a_policy_that_is_its_reference_has_the_loss_ln_2(key):
+    model, batch = tiny(False), pair_batch(key)
+    params = INIT(model, key)
+    batch["reference"], _ = answer_log_probs(model, params, batch)
+    value, _ = preference(model, dpo)(params, None, batch, None)
+    assert float(value) == pytest.approx(np.log(2), rel=1e-6)
