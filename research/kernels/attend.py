@@ -2,14 +2,15 @@
 
 `attend(q, k, v, mask, scale=None) -> [B, T, N, H]`
     q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K: query head n reads key/value head
-    n // (N // K). Scores are q·k * scale (1/sqrt(H) when None), softmax in float32. A query that
+    n // (N // K). Scores are q·k * scale (a Python number; 1/sqrt(H) when None), softmax in float32. A query that
     sees no key gives zeros. The result has q's dtype.
 
 Every kernel has this signature: `reference` here, `blockwise` for a CPU, `flash2` and `flash1` for a
 GPU, `attend_auto` that picks one. Most take two more arguments:
 
     dropout=(rate, rng)   each probability is 0 with that rate and divided by 1 - rate otherwise; one
-                          rng drops the same ones in every kernel (`dropout.kept`)
+                          rng drops the same ones in every kernel (`dropout.kept`), though others on each
+                          device of a mesh (`sharded`)
     softcap=c             scaled scores x become c * tanh(x / c), before ALiBi is added (Gemma 2)
 
 `require` refuses a kernel that cannot.
@@ -39,6 +40,10 @@ def check_inputs(q: Array, k: Array, v: Array, mask: Mask) -> None:
         raise ValueError(f"k and v must be [{B}, S, K, {H}]; got {k.shape} and {v.shape}")
     if N % K:
         raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
+    if jnp.ndim(mask.offset) != 0:
+        raise ValueError(f"mask.offset must be one number, not {jnp.shape(mask.offset)}")
+    if mask.window is not None and mask.window < 1:
+        raise ValueError(f"a window of {mask.window} keys sees nothing; it must be at least 1")
     if (mask.query_segments is None) != (mask.key_segments is None):
         raise ValueError("a mask has both query_segments and key_segments, or neither")
     wanted = {"prefix": (B,), "query_segments": (B, T), "key_segments": (B, S), "slopes": (N,)}

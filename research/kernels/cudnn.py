@@ -1,6 +1,6 @@
 """cuDNN's fused attention, through `jax.nn.dot_product_attention`, for what its interface expresses.
 
-Causal or not, a sliding window, grouped heads; bfloat16 and float16. What it cannot say (segments, a
+Causal or not, a causal sliding window, grouped heads; bfloat16 and float16. What it cannot say (segments, a
 prefix, ALiBi, queries that do not begin where the keys do) is a ValueError here, never a dense bias.
 """
 
@@ -48,10 +48,14 @@ def unable(q: Array, k: Array, mask: Mask, implementation: str = "cudnn") -> str
     for name in ("prefix", "query_segments", "slopes"):
         if getattr(mask, name) is not None:
             return f"has no {name} in its mask"
+    if mask.window is not None and q.shape[1] >= k.shape[1] + mask.window:
+        return "gives no zeros to queries whose window ends before the first key they could see"
     if static_offset(mask) != 0:
         return "has its queries begin with the keys, so the mask's offset must be the int 0"
     if implementation != "cudnn":
         return None
+    if not mask.causal and mask.window is not None and mask.window > 1:
+        return "has no window to the right"
     if jax.default_backend() != "gpu":
         return f"runs on a GPU, and this is a {jax.default_backend()}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):

@@ -70,6 +70,7 @@ def _forward_kernel(
             before = Rows(peak, total, out * total[:, None])
             scores, _ = view.scores(dot(rows(q_ref, i, size), k.T), n, i, j, masked)
             after = absorb(before, scores, v, view.kept(n, i, j))
+            barrier(p.call.interpret)  # all have read what is written next
             put(refs, i, size, (after.peak, after.total, finish(after)[0]))
             barrier(p.call.interpret)
 
@@ -144,10 +145,13 @@ def _backward_kernel(
                 lse, delta = lse_ref[g, place][:, None], delta_ref[g, place][:, None]
                 product = dot(out_grad, v.T)
                 weights, grad = tile_grads(scores, lse, product, delta, view.kept(n, i, j))
-                for ref in slopes_out:
-                    ref[g, place] += (grad * view.gaps(i, j)).sum(1)
+                totals = [ref[g, place] + (grad * view.gaps(i, j)).sum(1) for ref in slopes_out]
                 grad = unbent_grad(grad, capped, p.score).astype(k.dtype)
-                q_out[place, g] += dot(grad, k)
+                q_grad = q_out[place, g] + dot(grad, k)
+                barrier(p.call.interpret)
+                q_out[place, g] = q_grad
+                for ref, total in zip(slopes_out, totals, strict=True):
+                    ref[g, place] = total
                 barrier(p.call.interpret)
                 weights = weights.astype(v.dtype)
                 return k_grad + dot(grad.T, q), v_grad + dot(weights.T, out_grad)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from research.kernels import operands
-from research.kernels.attend import check_inputs
+from research.kernels.attend import check_inputs, reference
 from research.kernels.mask import Mask
 from research.kernels.online import (
     MASKED,
@@ -36,6 +37,9 @@ from research.kernels.triton import Block, Tile, launch, program, require, span
 from research.types import Array
 
 FEW = 16  # queries of a call, at most
+MOST_ROWS = (
+    64  # of one tile: queries times the heads that share keys; more do not stay in registers
+)
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
@@ -50,26 +54,59 @@ def flash_decode(
     parts: int | None = None,
     interpret: bool | None = None,
 ) -> Array:
-    """The contract of `research.kernels.attend` for at most FEW queries, without gradients.
+    """The contract of `research.kernels.attend` for at most FEW queries, without dropout.
 
     `tile` keys at a time; `parts` of the cache at once, by default enough to fill a GPU. ValueError
-    for more queries, and where `flash2` raises one.
+    for more queries, or more than MOST_ROWS of them with the heads that share keys, and where `flash2`
+    raises one.
     """
     here = require(interpret, "flash_decode")
     check_inputs(q, k, v, mask)
     operands.check_operands(q, k, v, "flash_decode")
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    if T > FEW:
-        raise ValueError(f"flash_decode takes at most {FEW} queries of a row, not {T}")
+    (T, N, H), K = q.shape[1:], k.shape[2]
+    if T > FEW or N // K * T > MOST_ROWS:
+        raise ValueError(
+            f"flash_decode takes at most {FEW} queries and {MOST_ROWS} rows of queries for a key head, "
+            f"not {T} and {N // K * T}: take 'flash2'"
+        )
+    if parts is not None and parts < 1:
+        raise ValueError(f"a cache is read in 1 part or more, not {parts}")
     score, _ = scoring(H, scale, softcap, None)
+    return _attention(q, k, v, mask.slopes, mask.replace(slopes=None), score, (tile, parts, here))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, slopes, mask, score, how):
+    return _forward(q, k, v, mask.replace(slopes=slopes), score, *how)
+
+
+def _attention_forward(q, k, v, slopes, mask, score, how):
+    return _attention(q, k, v, slopes, mask, score, how), (q, k, v, slopes, mask)
+
+
+def _attention_backward(score, how, saved, out_grad):
+    """That of the plain form: a few rows of scores are no larger than the cache."""
+    q, k, v, slopes, mask = saved
+
+    def plain(q, k, v, slopes):
+        return reference(q, k, v, mask.replace(slopes=slopes), score.scale, softcap=score.softcap)
+
+    return *jax.vjp(plain, q, k, v, slopes)[1](out_grad), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _forward(q, k, v, mask, score, tile, parts, interpret):
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     width, keys = operands.power_of_two(H), max(16, min(tile, operands.power_of_two(S + 1) // 2))
     k, v = (operands.pad(x, max(S, keys), width) for x in (k, v))
     visits = visit_table(mask, T, S, Tiles(T, keys), axis=2)
     parts = min(-(-S // keys), max(1, PROGRAMS // (B * K))) if parts is None else parts
-    rows = operands.fitting(N // K * T, 1 << 30)
+    rows = operands.fitting(N // K * T, MOST_ROWS)
     row_mask = _row_mask(mask, T, K, rows, k.shape[1])
     args = _pack(q, K, rows, width), k, v, row_mask, visits
-    out = _combine(*_launch(args, score, S, Tile(rows, keys), parts, here))
+    out = _combine(*_launch(args, score, S, Tile(rows, keys), parts, interpret))
     return _unpack(out, q)
 
 
@@ -92,7 +129,7 @@ def _row_mask(mask: Mask, T: int, K: int, rows: int, S: int) -> tuple[Mask, Arra
     query = jnp.arange(rows, dtype=jnp.int32) % T
     mask = mask.replace(offset=jnp.reshape(jnp.asarray(mask.offset, jnp.int32), 1))
     if mask.slopes is not None:
-        slopes = jnp.repeat(mask.slopes.reshape(K, -1), T, axis=1)
+        slopes = jnp.repeat(mask.slopes.astype(jnp.float32).reshape(K, -1), T, axis=1)
         mask = mask.replace(slopes=jnp.pad(slopes, ((0, 0), (0, rows - slopes.shape[1]))))
     if mask.query_segments is not None:
         mask = mask.replace(

@@ -8,6 +8,7 @@ them. Only what does not fill a tile, or a power of 2 in H, is padded first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from research.types import Array
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 WIDEST = 256
+LARGEST_CONSTANT = 1 << 18  # tiles of a mask: 32k by 32k tokens in tiles of 64
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def check_operands(q: Array, k: Array, v: Array, name: str) -> None:
 
 
 def static_offset(mask: Mask) -> int | None:
-    return mask.offset if isinstance(mask.offset, int) else None
+    return int(mask.offset) if isinstance(mask.offset, Integral) else None
 
 
 def problem(q: Array, k: Array, tile: Tile, call: Call) -> Problem:
@@ -124,6 +126,8 @@ def pad_mask(mask: Mask, p: Problem) -> Mask:
     """The mask with arrays in every place that is used: offset [1], segment ids padded with 0."""
     T, S = p.padded
     mask = mask.replace(offset=jnp.reshape(jnp.asarray(mask.offset, jnp.int32), 1))
+    if mask.slopes is not None:
+        mask = mask.replace(slopes=mask.slopes.astype(jnp.float32))
     if mask.query_segments is None:
         return mask
     return mask.replace(
@@ -133,9 +137,11 @@ def pad_mask(mask: Mask, p: Problem) -> Mask:
 
 
 def table(mask: Mask, p: Problem, axis: int) -> Array:
-    """`visit_table`, computed while tracing where nothing but static structure decides."""
+    """`visit_table`, a constant of the program where nothing but static structure decides and it is not
+    too large for one."""
     static = p.call.offset is not None and mask.prefix is None and mask.query_segments is None
-    if static:
+    query_blocks, key_blocks = p.blocks
+    if static and query_blocks * key_blocks <= LARGEST_CONSTANT:
         with jax.ensure_compile_time_eval():
             structure = Mask(mask.causal, mask.window, p.call.offset)
             return visit_table(structure, p.T, p.S, p.tiles, axis)

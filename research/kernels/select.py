@@ -1,8 +1,8 @@
 """Kernels by name, and the default that picks one from the device and the shapes alone.
 
-The choice is made while tracing and depends on nothing but the backend, shapes and dtype, so that it
-can be reported (`kernel_name`, `picked`) and never changes behind a run's back. The thresholds were
-measured on a CPU with `scripts/bench_attention.py`; those of a GPU are unmeasured.
+The choice is made while tracing and depends on nothing but the device, shapes, dtypes and whether there is
+dropout, so that it can be reported (`kernel_name`, `picked`) and never changes behind a run's back. The
+thresholds were measured on a CPU with `scripts/bench_attention.py`; those of a GPU are unmeasured.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from research.kernels.blockwise import blockwise
 from research.kernels.cudnn import cudnn
 from research.kernels.flash1 import flash1
 from research.kernels.flash2 import flash2
-from research.kernels.flash_decode import FEW, flash_decode
+from research.kernels.flash_decode import FEW, MOST_ROWS, flash_decode
 from research.kernels.mask import Mask
 from research.kernels.operands import DTYPES, WIDEST
+from research.kernels.sharded import on_ambient_mesh
 from research.types import Array
 
 # With fewer queries than this (decoding, above all) the scores are no larger than the keys, and the
@@ -30,24 +31,42 @@ FEW_QUERIES = 16
 FEW_KEYS = 64
 
 log = logging.getLogger(__name__)
-_picked: dict[str, str] = {}
+_picked: dict[str, tuple[str, ...]] = {}
 
 
 def kernel_name(
-    T: int, S: int, H: int = 64, dtype: Any = jnp.float32, backend: str | None = None
+    T: int,
+    S: int,
+    H: int = 64,
+    dtype: Any = jnp.float32,
+    group: int = 1,
+    dropout: bool = False,
+    backend: str | None = None,
 ) -> str:
-    """The kernel `attend_auto` uses for T queries and S keys of H numbers.
+    """The kernel `attend_auto` uses for T queries and S keys of H numbers, all of one dtype.
 
-    `backend` is JAX's default one when None. The loops of `blockwise` suit a CPU, the Pallas kernels
-    a GPU; anything else takes 'reference'. 'flash_decode' has no gradients and no dropout:
-    `attend_auto` takes it only on a cache, which is where a mask has an offset.
+    `group` query heads share a key head. `backend` is that of JAX's default device when None: 'cpu',
+    'gpu' (CUDA of generation 8 or later) or another. The loops of `blockwise` suit a CPU, the Pallas
+    kernels a GPU; anything else takes 'reference'.
     """
-    backend = backend or jax.default_backend()
+    backend = backend or device_backend()
     if backend == "cpu":
         return "reference" if T < FEW_QUERIES or S < FEW_KEYS else "blockwise"
     if backend != "gpu" or not 16 <= H <= WIDEST or jnp.dtype(dtype) not in map(jnp.dtype, DTYPES):
         return "reference"
-    return "flash2" if T > FEW else "flash_decode"
+    if T > FEW or group * T > MOST_ROWS:
+        return "flash2"
+    return "reference" if dropout else "flash_decode"
+
+
+def device_backend() -> str:
+    """JAX's default backend, or 'other gpu' where Pallas' kernels cannot be expected to compile."""
+    backend, device = jax.default_backend(), jax.devices()[0]
+    if backend != "gpu":
+        return backend
+    capability = str(getattr(device, "compute_capability", "0"))  # of ROCm a name: 'gfx90a'
+    modern = capability.replace(".", "").isdigit() and float(capability) >= 8
+    return "gpu" if modern else "other gpu"
 
 
 def attend_auto(
@@ -60,25 +79,26 @@ def attend_auto(
     softcap: float | None = None,
 ) -> Array:
     """The contract of `research.kernels.attend`, by the kernel that suits the shapes."""
-    (T, H), S = (q.shape[1], q.shape[3]), k.shape[1]
-    name = kernel_name(T, S, H, q.dtype)
-    trains = dropout is not None or (isinstance(mask.offset, int) and mask.offset == 0)
-    if name == "flash_decode" and trains:
-        name = "reference"
+    (T, N, H), (S, K) = q.shape[1:], k.shape[1:3]
+    dtype = q.dtype if q.dtype == k.dtype == v.dtype else None
+    name = kernel_name(T, S, H, dtype, max(1, N // K), dropout is not None)
     _say(name, f"{T} queries and {S} keys of {H} {q.dtype}")
     more = {} if dropout is None else {"dropout": dropout}
-    return KERNELS[name](q, k, v, mask, scale, softcap=softcap, **more)
+    attend = KERNELS[name]
+    if name != "reference":  # which XLA splits by itself
+        attend = on_ambient_mesh(attend, q, k)
+    return attend(q, k, v, mask, scale, softcap=softcap, **more)
 
 
 def _say(name: str, shapes: str) -> None:
-    if shapes not in _picked:
-        _picked[shapes] = name
+    if name not in _picked.get(shapes, ()):
+        _picked[shapes] = (*_picked.get(shapes, ()), name)
         log.info("attention of %s: %s", shapes, name)
 
 
 def picked() -> dict[str, str]:
     """Shapes -> the kernel that `attend_auto` took for them, of all that this process has traced."""
-    return dict(_picked)
+    return {shapes: ", ".join(names) for shapes, names in _picked.items()}
 
 
 KERNELS: dict[str, Attend] = {

@@ -7,18 +7,19 @@ on every device. Attention needs no communication between rows or heads, so `sha
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from research.kernels.attend import Attend
+from research.kernels.attend import Attend, require
 from research.kernels.mask import Mask
 from research.types import Array
 
 
 def over_mesh(
     attend: Attend,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     batch: tuple[str, ...] = ("data", "fsdp"),
     heads: str | None = "tensor",
 ) -> Attend:
@@ -40,16 +41,19 @@ def over_mesh(
         dropout: tuple[float, Array] | None = None,
         softcap: float | None = None,
     ) -> Array:
+        for argument, value in (("dropout", dropout), ("softcap", softcap)):
+            if value is not None:
+                require(attend, argument)
         _divides("rows", q.shape[0], rows)
         for name, array in (("query heads", q), ("key/value heads", k)):
             _divides(name, array.shape[2], 1 if heads is None else mesh.shape[heads])
         whole = PartitionSpec(batch, None, heads, None)
         static = mask.offset if isinstance(mask.offset, int) else None
         mask = mask.replace(offset=None) if static is not None else mask
-        more = {} if softcap is None else {"softcap": softcap}
 
         def local(q, k, v, mask, rng):
             mask = mask if static is None else mask.replace(offset=static)
+            more: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
             if rng is not None:
                 place = jax.lax.axis_index(batch if heads is None else (*batch, heads))
                 more["dropout"] = (dropout[0], jax.random.fold_in(rng, place))
@@ -68,6 +72,18 @@ def over_mesh(
         )(q, k, v, mask, rng)
 
     return sharded
+
+
+def on_ambient_mesh(attend: Attend, q: Array, k: Array) -> Attend:
+    """The kernel on the mesh that a training step is traced under (`train.step` sets it), if there is one
+    and its axes divide the rows; heads are split where they divide too."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or set(mesh.axis_names) != {"data", "fsdp", "tensor"}:
+        return attend
+    if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return attend
+    even = all(x.shape[2] % mesh.shape["tensor"] == 0 for x in (q, k))
+    return over_mesh(attend, mesh, heads="tensor" if even else None)
 
 
 def _mask_specs(mask: Mask, batch: tuple[str, ...], heads: str | None) -> Mask:

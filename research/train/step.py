@@ -8,6 +8,7 @@ terms with different denominators has exactly the gradient of the whole batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -77,7 +78,9 @@ def make_step(
     jitted = jax.jit(run, donate_argnums=0, out_shardings=results)
 
     def step(state: TrainState, frozen: Params, context: Any, batch: Batch):
-        moved, metrics = jitted(state.replace(source_state=None), frozen, context, batch)
+        # Attention's kernels look for the mesh while they are traced (`kernels.sharded`).
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            moved, metrics = jitted(state.replace(source_state=None), frozen, context, batch)
         return moved.replace(source_state=state.source_state), metrics
 
     return step

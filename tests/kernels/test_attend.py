@@ -94,3 +94,16 @@ def test_shapes_that_do_not_fit(change, message):
     mask = shapes.pop("mask", Mask())
     with pytest.raises(ValueError, match=message):
         reference(**{name: jnp.zeros(shape) for name, shape in shapes.items()}, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Mask(offset=jnp.arange(3)), r"mask.offset must be one number, not \(3,\)"),
+        (Mask(window=0), "a window of 0 keys sees nothing"),
+    ],
+)
+def test_masks_that_mean_nothing_are_refused(mask, message):
+    q = jnp.ones((1, 3, 1, 4))
+    with pytest.raises(ValueError, match=message):
+        reference(q, q, q, mask)

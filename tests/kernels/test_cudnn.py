@@ -39,3 +39,11 @@ def test_what_it_cannot_say_is_refused(mask, message):
     q = jnp.ones((1, 8, 1, 16))
     with pytest.raises(ValueError, match=message):
         cudnn(q, q, q, mask, implementation="xla")
+
+
+def test_what_only_cudnn_itself_cannot_is_refused_before_the_device():
+    q = jnp.ones((1, 8, 1, 16))
+    with pytest.raises(ValueError, match="has no window to the right"):
+        cudnn(q, q, q, Mask(causal=False, window=3))
+    with pytest.raises(ValueError, match="no zeros to queries whose window ends before"):
+        cudnn(q, q[:, :4], q[:, :4], Mask(window=3), implementation="xla")

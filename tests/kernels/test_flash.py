@@ -45,6 +45,7 @@ CASES = {
     "eight heads on one": (64, 64, 8, 1, 16, Mask(), None, 0.0),
     "window in a block": (128, 128, 2, 2, 16, Mask(window=5), None, 0.0),
     "two-sided window": (64, 100, 2, 2, 16, Mask(causal=False, window=40), None, 0.0),
+    "alibi": (64, 64, 4, 2, 16, Mask(slopes=slopes(4)), None, 0.0),
     "prefix": (100, 100, 2, 2, 16, Mask(prefix=jnp.array([0, 45])), None, 0.0),
     "a segment a token": (
         64,
@@ -168,14 +169,6 @@ def test_with_dropout_the_mean_is_the_result_without():
     drop = jax.jit(lambda rng: flash2(q, k, v, Mask(), None, (0.3, rng), interpret=True))
     mean = sum(drop(key) for key in jax.random.split(RNG, 2000)) / 2000
     np.testing.assert_allclose(mean, reference(q, k, v, Mask()), atol=0.12)
-
-
-def test_results_are_the_same_bits_every_time():
-    *shape, mask, softcap, rate = CASES["everything"]
-    args = (*operands(*shape), mask, softcap, rate)
-    run = partial(value_and_grads, partial(flash2, tiles=TILES, interpret=True), *args)
-    for x, y in zip(run(), run(), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(

@@ -62,5 +62,24 @@ def test_a_row_that_sees_nothing_is_zero(key):
 
 def test_many_queries_are_refused(key):
     q, k, v = operands(key, 17, 64, 2, 1, 16)
-    with pytest.raises(ValueError, match="at most 16 queries of a row, not 17"):
+    with pytest.raises(ValueError, match=r"at most 16 queries and 64 rows .* not 17 and 34"):
         flash_decode(q, k, v, Mask(offset=3), interpret=True)
+    with pytest.raises(ValueError, match="64 rows of queries for a key head, not 16 and 128"):
+        flash_decode(jnp.zeros((1, 16, 8, 16)), k[:1], v[:1], Mask(offset=3), interpret=True)
+    with pytest.raises(ValueError, match="in 1 part or more, not 0"):
+        flash_decode(q[:, :1], k, v, Mask(offset=3), parts=0, interpret=True)
+
+
+def test_gradients_are_those_of_the_plain_form(key):
+    q, k, v = operands(key, 3, 40, 4, 2, 16)
+    mask = everything(3, 40, 4)
+
+    def grads(attend):
+        def loss(q, k, v, slopes):
+            return (attend(q, k, v, mask.replace(slopes=slopes), 0.4, softcap=1.5) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(q, k, v, mask.slopes)
+
+    ours = grads(partial(flash_decode, interpret=True))
+    for x, y in zip(ours, grads(reference), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)

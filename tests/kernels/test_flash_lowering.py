@@ -63,6 +63,24 @@ def test_flash1_is_a_program_a_head():
     assert not re.search(rf"tensor<[0-9x]*{T}x{T}x", text)
 
 
+@pytest.mark.parametrize("kernel", [flash1, flash2])
+def test_every_feature_lowers(kernel):
+    """Odd lengths and heads, and every part of a mask, with a traced offset."""
+    B, T, S, N, K, H = 2, 37, 101, 12, 3, 80
+    ids = jax.ShapeDtypeStruct((B, S), jnp.int32)
+    small = jax.ShapeDtypeStruct((N,), jnp.float32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    arrays = [jax.ShapeDtypeStruct((B, t, n, H), jnp.bfloat16) for t, n in ((T, N), (S, K), (S, K))]
+
+    def loss(q, k, v, slopes, prefix, ids, offset, rng):
+        mask = Mask(True, 40, offset, prefix, ids[:, S - T :], ids, slopes)
+        out = kernel(q, k, v, mask, None, (0.1, rng), 30.0, interpret=False)
+        return out.astype(jnp.float32).sum()
+
+    rest = (*small, ids, jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(jax.random.key, 0))
+    text = lowered(jax.grad(loss, (0, 1, 2, 3)), *arrays, *rest)
+    assert len(launches(text)) == (2 if kernel is flash1 else 3)
+
+
 def test_decoding_splits_the_cache():
     decode = partial(flash_decode, interpret=False, parts=7)
     args = shape(1, 8), shape(2048, 2), shape(2048, 2), jnp.int32(700)

@@ -1,5 +1,7 @@
 """The choice of a kernel is by shape, reported, and never silent."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from research.kernels.attend import reference
 from research.kernels.blockwise import blockwise
 from research.kernels.mask import Mask
-from research.kernels.select import attend_auto, kernel, kernel_name, picked
+from research.kernels.select import KERNELS, attend_auto, kernel, kernel_name, picked
 
 
 def test_decoding_takes_the_reference_and_training_does_not():
@@ -18,18 +20,41 @@ def test_decoding_takes_the_reference_and_training_does_not():
 
 
 def test_a_gpu_takes_the_pallas_kernels_where_they_can():
-    names = [
-        kernel_name(T, 2048, H, dtype, "gpu")
-        for T, H, dtype in [
-            (2048, 64, jnp.bfloat16),
-            (1, 128, jnp.bfloat16),
-            (2048, 512, jnp.bfloat16),
-            (2048, 8, jnp.float32),
-            (2048, 64, jnp.float64),
-        ]
+    named = partial(kernel_name, S=2048, backend="gpu")
+    assert named(2048, dtype=jnp.bfloat16) == "flash2"
+    assert named(1, H=128, dtype=jnp.bfloat16) == "flash_decode"
+    assert named(16, group=8, dtype=jnp.bfloat16) == "flash2"  # 128 rows of queries
+    assert named(1, dropout=True) == named(2048, H=512) == named(2048, H=8) == "reference"
+    assert named(2048, dtype=jnp.float64) == named(2048, dtype=None) == "reference"
+    assert named(2048, backend="other gpu") == named(2048, backend="tpu") == "reference"
+
+
+def test_auto_hands_a_gpus_kernels_what_they_take(monkeypatch, key):
+    called = []
+
+    def stand_in(name):
+        def attend(q, k, v, mask, scale=None, softcap=None, dropout=None):
+            called.append((name, dropout is not None))
+            return reference(q, k, v, mask, scale, dropout, softcap)
+
+        return attend
+
+    monkeypatch.setattr("research.kernels.select.device_backend", lambda: "gpu")
+    for name in ("flash2", "flash_decode", "reference"):
+        monkeypatch.setitem(KERNELS, name, stand_in(name))
+    q = jax.random.normal(key, (1, 32, 2, 16))
+    attend_auto(q, q, q, Mask())
+    attend_auto(q, q, q, Mask(), dropout=(0.1, key))
+    attend_auto(q[:, :1], q, q, Mask(offset=31), softcap=2.0)
+    attend_auto(q[:, :1], q, q, Mask(offset=31), dropout=(0.1, key))
+    attend_auto(q, q.astype(jnp.bfloat16), q, Mask())
+    assert called == [
+        ("flash2", False),
+        ("flash2", True),
+        ("flash_decode", False),
+        ("reference", True),
+        ("reference", False),
     ]
-    assert names == ["flash2", "flash_decode", "reference", "reference", "reference"]
-    assert kernel_name(2048, 2048, backend="tpu") == "reference"
 
 
 def test_it_says_what_it_took(key, caplog):
