@@ -76,6 +76,12 @@ def made_good_by_size(config: Config, format: Integer) -> Params:
     return gptq_layers.quantize(base.model, base.params, windows, LINEAR, format, act_order=True)
 
 
+def made_good_with_sink(config: Config, format: Integer) -> Params:
+    """The first token of a window, which all others attend to, counts 50 times."""
+    base, windows = smollm2_layers(config.layers), few_bits.read(config.text).calibration
+    return gptq_layers.quantize(base.model, base.params, windows, LINEAR, format, first=50.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """`layers`: the first so many alone, which are no language model. The seed decides nothing."""
@@ -89,7 +95,7 @@ class Config:
 
 
 WAYS = {"RTN": nearest, "clipped RTN": clipped, "AWQ": scaled, "GPTQ": made_good}
-WAYS |= {"GPTQ, act-order": made_good_by_size}
+WAYS |= {"GPTQ, act-order": made_good_by_size, "GPTQ, first token × 50": made_good_with_sink}
 BITS = {"4": 4, "3": 3, "2": 2}
 
 
@@ -157,6 +163,7 @@ BASE = Config()
 SWEEP = chain(
     product(param("bits", *BITS.values()), param("way", nearest, clipped, scaled, made_good)),
     product(param("bits", 3), param("way", made_good_by_size)),
+    product(param("bits", *BITS.values()), param("way", made_good_with_sink)),
 )
 SMOKE = {"layers": 1, "text.length": 32, "text.held_out": 2, "text.calibration": 48}
 

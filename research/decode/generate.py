@@ -26,6 +26,8 @@ from research.models.attention import Cache
 from research.models.decoder import Decoder, unstack
 from research.types import Array, Params
 from research.weights.base import is_weight
+from research.weights.int8 import QuantizedInputs
+from research.weights.outliers import Decomposed
 from research.weights.quantized import is_quantized
 from research.weights.transposed import transpose
 
@@ -141,7 +143,12 @@ def for_decoding(params: Params, donate: bool = False, dense: bool = True) -> Pa
 
 
 def _dense_table(w: Any) -> Any:
-    return w.dense() if is_quantized(w) else w
+    if is_quantized(w):
+        return w.dense()
+    adapter = (
+        is_weight(w) and hasattr(w, "base") and not isinstance(w, QuantizedInputs | Decomposed)
+    )
+    return w.replace(base=_dense_table(w.base)) if adapter else w
 
 
 def in_layers(params: Params) -> bool:

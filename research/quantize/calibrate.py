@@ -56,6 +56,10 @@ def measure(
 
 def batches_of(windows: np.ndarray, batch_size: int) -> list[Array]:
     """windows [n, T] as arrays [batch_size or fewer, T]; ValueError without a window."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if np.ndim(windows) != 2:
+        raise ValueError(f"windows must be [n, T] of tokens, not {np.shape(windows)}")
     if not len(windows):
         raise ValueError("calibration needs at least one window of tokens, there is none")
     starts = range(0, len(windows), batch_size)

@@ -35,6 +35,7 @@ from research.quantize.rescale import leaf
 from research.types import Array, Params
 from research.weights.base import change
 from research.weights.formats import Format
+from research.weights.observed import Measure
 from research.weights.quantized import Quantized, packed, require_dense
 
 # Rules of the matrices of a block, in the order in which data flow through them.
@@ -54,6 +55,7 @@ def quantize(
     format: Format,
     damping: float = 0.01,
     act_order: bool = False,
+    first: float = 1.0,
     stages: Sequence[str] = STAGES,
     batch_size: int = 4,
     progress: Progress | None = None,
@@ -61,7 +63,9 @@ def quantize(
     """Params with every matrix whose path `rule` matches whole in few bits, rounded by `gptq.quantize`.
 
     windows [n, T] of tokens, without padding; damping and act_order as there; `progress` is called after
-    each layer. RuleError when the rule matches nothing. ValueError, naming the path: for what stands
+    each layer. `first`: how often the first token of a window counts. Models make it a sink that every
+    token attends to; its inputs are few and, behind a norm, small, so that they hardly weigh in a
+    Hessian, and GPTQ moves its errors just there. RuleError when the rule matches nothing. ValueError, naming the path: for what stands
     outside of layers or in no stage, for what is no dense matrix, for groups that do not fill its
     inputs, for fewer tokens than it has inputs, and for a Hessian that has no inverse.
     """
@@ -74,12 +78,14 @@ def quantize(
         for name in _of(layer, names, ".*"):
             _require_fit(name, leaf(own, name), format, windows)
 
+    second = measures.SecondOfWindows(np.shape(windows)[1], first)
+
     def solve(layer: Layer, own: Params, states: States, _: None) -> Params:
         done: set[str] = set()
         for stage in stages:
             together = [name for name in _of(layer, names, stage) if name not in done]
             if together:
-                own = _stage(layer, own, states, together, format, damping, act_order)
+                own = _stage(layer, own, states, together, format, second, damping, act_order)
                 done.update(together)
         return own
 
@@ -112,12 +118,13 @@ def _stage(
     states: States,
     names: list[str],
     format: Format,
+    second: Measure,
     damping: float,
     act_order: bool,
 ) -> Params:
     """The layer's parameters with the matrices of these names quantized on what they read."""
     rule = "|".join(map(re.escape, names))
-    found = layerwise.measure(layer, own, states, rule, measures.second, jnp.add)
+    found = layerwise.measure(layer, own, states, rule, second, jnp.add)
     solve = partial(gptq.quantize, format=format, damping=damping, act_order=act_order)
 
     def encode(name: str, w: Array, number: int) -> Quantized:

@@ -1,7 +1,8 @@
 """Measurements of a matrix's inputs x [M, in], for `calibrate.measure`, and how batches combine.
 
 absmax      the largest magnitude of each feature [in]; combine with jnp.maximum
-second      the sum of x xᵀ over rows [in, in], half of a layer's Hessian; with jnp.add
+second      the sum of x xᵀ over rows [in, in], half of a layer's Hessian; with jnp.add. SecondOfWindows
+            weighs the first token of a window
 magnitude   the sum of |x| of each feature and the number of rows; with jnp.add
 moments     both sums and the number of rows; with jnp.add
 Sample      some rows themselves [rows, in]; with `join`
@@ -28,6 +29,19 @@ def second(x: Array) -> dict[str, Array]:
     return {"sum": x.T @ x, "rows": jnp.float32(x.shape[0])}
 
 
+@dataclass(frozen=True)
+class SecondOfWindows:
+    """`second`, in which the first of every `length` rows counts `first` times."""
+
+    length: int
+    first: float
+
+    def __call__(self, x: Array) -> dict[str, Array]:
+        x = x.astype(jnp.float32)
+        weights = jnp.where(jnp.arange(x.shape[0]) % self.length == 0, self.first, 1.0)
+        return {"sum": (x * weights[:, None]).T @ x, "rows": weights.sum()}
+
+
 def magnitude(x: Array) -> dict[str, Array]:
     x = jnp.abs(x.astype(jnp.float32))
     return {"sum": x.sum(axis=0), "rows": jnp.float32(x.shape[0])}
@@ -40,7 +54,7 @@ def moments(x: Array) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Sample:
-    """`rows` of each pass's rows, as far apart as they can be."""
+    """`rows` of each pass's rows, as far apart as they can be; of a smaller pass some twice."""
 
     rows: int
 

@@ -115,4 +115,6 @@ def _encoded(
     if before.dtype != jnp.uint8:
         return moment, absmax
     codes, absmax = blocks.encode(moment.reshape(-1), table, BLOCK, find)
+    if table == SECOND:  # code 0 is 0: the next small gradient would be divided by eps alone
+        codes = jnp.where((moment.reshape(-1) > 0) & (codes == 0), 1, codes).astype(codes.dtype)
     return codes.reshape(moment.shape), absmax

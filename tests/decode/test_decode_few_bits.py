@@ -52,3 +52,14 @@ def test_an_adapter_stays_and_what_rounds_inputs_keeps_its_integers(params):
     assert isinstance(block["attention"]["q"]["kernel"], lora.LoRA)
     assert isinstance(block["attention"]["q"]["kernel"].base, Transposed)
     assert is_quantized(block["ffn"]["down"]["kernel"].base)
+
+
+def test_a_table_below_an_adapter_is_made_dense_too(params):
+    few = lora.add(
+        quantize(params, "embed/table", Codebook(group=16)),
+        "embed/table",
+        jax.random.key(2),
+        rank=2,
+    )
+    table = for_decoding(few)["embed"]["table"]
+    assert isinstance(table, lora.LoRA) and not is_weight(table.base)

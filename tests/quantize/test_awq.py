@@ -112,7 +112,6 @@ def test_outputs_are_nowhere_worse_than_by_rounding_to_nearest(salient, moments,
             x = inputs[pair.key]
             before += np.square(x @ (rounded_to_nearest - w)).sum((1, 2))
             after += np.square(x @ (effective(name, done, scaled, params) - w)).sum((1, 2))
-        assert (after <= 1.001 * before).all(), pair.source
         assert (after < 0.6 * before).all(), pair.source  # there are salient channels everywhere
 
 

@@ -1,6 +1,7 @@
 """Statistics as gradients of observers, against the same layers called by hand."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -93,3 +94,31 @@ def test_bad_input(params):
     assert calibrate.windows_of(range(12), 4, 3).shape == (3, 4)
     with pytest.raises(ValueError, match=f"the measure of {Q} needs something given"):
         observed.add(params, Q, measures.Histogram(4), {})
+
+
+def test_windows_and_batches_that_are_none(params):
+    measure = partial(
+        calibrate.measure,
+        MODEL,
+        params,
+        rule=DOWN,
+        measurement=measures.absmax,
+        combine=jnp.maximum,
+    )
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        measure(np.ones((2, 4), np.int32), batch_size=0)
+    with pytest.raises(ValueError, match=r"windows must be \[n, T\] of tokens, not \(4,\)"):
+        measure(np.ones(4, np.int32))
+
+
+def test_the_first_token_of_a_window_may_count_more():
+    x = jnp.arange(12.0).reshape(6, 2)
+    found = measures.SecondOfWindows(3, 50.0)(x)
+    wanted = sum(
+        w * np.outer(row, row) for w, row in zip([50, 1, 1, 50, 1, 1], np.asarray(x), strict=True)
+    )
+    np.testing.assert_allclose(found["sum"], wanted)
+    assert found["rows"] == 104
+    np.testing.assert_array_equal(
+        measures.SecondOfWindows(3, 1.0)(x)["sum"], measures.second(x)["sum"]
+    )

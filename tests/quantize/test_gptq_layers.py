@@ -142,3 +142,23 @@ def test_bad_input(tiny, done):
         ValueError, match=r"q/kernel of stack_0/block_0\[0\]: .* not positive definite"
     ):
         attempt(text=np.zeros((6, 12), np.int32), rule=NAMES[0], damping=0)
+
+
+def test_a_rare_and_small_input_is_kept_where_it_counts_more():
+    """A sink: one direction at the first place of each window, a thousandth of the Hessian."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(32, 64, 16)) @ rng.normal(size=(16, 64)) + 0.3 * rng.normal(
+        size=(32, 64, 64)
+    )
+    sink = 0.3 * rng.normal(size=64)
+    x[:, 0] = sink
+    w = jnp.asarray(rng.normal(size=(48, 64)), jnp.float32)
+
+    def errors(first):
+        found = measures.SecondOfWindows(64, first)(jnp.asarray(x.reshape(-1, 64)))
+        codes = gptq.quantize(w, 2 * found["sum"] / found["rows"], Integer(4, 64, "integer"))
+        moved = np.asarray(Integer(4, 64, "integer").values(*codes) - w)
+        return [np.square(rows @ moved.T).mean() for rows in (sink[None], x[:, 1:].reshape(-1, 64))]
+
+    (plain_sink, plain_rest), (sink_error, rest) = errors(1.0), errors(50.0)
+    assert sink_error < 0.4 * plain_sink and rest < 1.3 * plain_rest

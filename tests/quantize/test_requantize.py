@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from research.quantize.requantize import quantized_in, requantize
-from research.weights import base, bias, lora
+from research.weights import base, bias, int8, lora
 from research.weights.formats import Codebook, Integer
 from research.weights.quantized import is_quantized, quantize
 
@@ -76,3 +76,10 @@ def test_what_no_matrix_can_say_is_refused_by_name(small):
     broken = adapted(small, jnp.nan)
     with pytest.raises(ValueError, match=r"(embed/table|layer/kernel) .* holds nan or inf"):
         requantize(broken)
+
+
+def test_rounded_inputs_are_not_dropped_silently(small):
+    rounded = int8.add(small, "layer/kernel")
+    for params in (rounded, lora.add(rounded, "layer/kernel", jax.random.key(1), rank=2)):
+        with pytest.raises(ValueError, match="layer/kernel: its inputs are rounded too"):
+            requantize(params)

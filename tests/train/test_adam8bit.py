@@ -167,6 +167,16 @@ def test_without_gradient_nothing_moves():
     np.testing.assert_allclose(direction["kernel"][7], 1.0, rtol=1e-5)
 
 
+def test_a_small_moment_that_was_rounded_away_does_not_make_a_great_step():
+    """Beside a gradient of 1 in its block the square of 3e-4 is nearest to code 0; then it falls silent."""
+    g = jnp.zeros((300,)).at[7].set(1.0).at[8].set(3e-4)
+    update = scale_by_adam8bit(min_size=1)
+    _, state = update.update({"kernel": g}, update.init({"kernel": g}))
+    direction, _ = update.update({"kernel": jnp.zeros((300,))}, state)
+    assert np.abs(direction["kernel"]).max() < 1
+    assert direction["kernel"][7] > 0.5 and direction["kernel"][8] > 0
+
+
 def test_codes_live_where_their_parameter_does_and_scales_everywhere():
     mesh, tree = make_mesh(1, 2, 1), {"kernel": jnp.ones((64, 80))}
     homes, _ = shardings({"kernel": ("embed", None)}, tree, mesh)
