@@ -69,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in make(name):
                 print(json.dumps(row), flush=True)
                 mine.append(row)
-            check(mine)
             rows += [{"part": part, **row} for row in mine]
-    if options.output:
-        options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            if options.output:
+                options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            check(mine)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,22 @@ from jax.sharding import SingleDeviceSharding
 from research.kernels.attend import Attend
 from research.kernels.flash1 import flash1
 from research.kernels.flash2 import flash2
-from research.kernels.flash_decode import flash_decode
+from research.kernels.flash_decode import MOST_ROWS, flash_decode
 from research.kernels.flash_tiles import FlashTiles, flash_tiles
 from research.kernels.mask import Mask
 from scripts.ahead.target import compiled, devices
 
 SHARED = {"h100": 232448, "a100": 166912}  # bytes a program may have
-TENSOR_CORES = {"h100": r"wgmma\.mma_async|mma\.sync", "a100": r"mma\.sync"}
+TENSOR_CORES = r"wgmma\.mma_async|mma\.sync"
+FLASH2 = {"flash2_forward", "flash2_queries", "flash2_keys"}
+KERNELS = {  # of each case
+    "flash2": FLASH2,
+    "flash2, every feature": FLASH2,
+    "flash2, float32": FLASH2,
+    "flash1": {"flash1_forward", "flash1_backward"},
+    "decode": {"flash_decode"},
+    "decode, 16 queries": {"flash_decode"},
+}
 
 
 def kernel_rows(name: str, heads: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -67,6 +76,13 @@ def cases(H: int, tiles: FlashTiles) -> Iterator[tuple[str, Callable, tuple]]:
     offset = jax.ShapeDtypeStruct((), jnp.int32)
     decode = partial(flash_decode, interpret=False)
     yield "decode", lambda q, k, v, at: decode(q, k, v, Mask(offset=at)), (one, k, k, offset)
+    many = jax.ShapeDtypeStruct((B, 16, K * MOST_ROWS // 16, H), jnp.bfloat16)
+
+    def segmented(q, k, v, at, ids):
+        mask = Mask(offset=at, query_segments=ids[:, :16], key_segments=ids)
+        return decode(q, k, v, mask)
+
+    yield "decode, 16 queries", segmented, (many, k, k, offset, ids)
 
 
 def gradient(attend: Callable) -> Callable:
@@ -93,7 +109,8 @@ def resources(dump: Path, device: str) -> Iterator[dict[str, Any]]:
                 "registers": registers,
                 "spilled_bytes": spilled,
                 "shared_bytes": shared,
-                "tensor_core_instructions": len(re.findall(TENSOR_CORES[device], text)),
+                "tensor_core_instructions": len(re.findall(TENSOR_CORES, text)),
+                "of_them_wgmma": len(re.findall(r"wgmma\.mma_async", text)),
                 "asynchronous_copies": len(re.findall(r"cp\.async\.c[ag]", text)),
             }
 
@@ -110,10 +127,13 @@ def assembled(ptx: Path, target: str) -> tuple[int, int]:
 def check_kernels(rows: Sequence[dict[str, Any]]) -> None:
     """AssertionError naming the kernel that breaks a limit. FlashAttention-1 may spill: nothing chooses
     it, and its loop was not made for registers."""
+    for key in {(row["device"], row["head"], row["case"]) for row in rows}:
+        found = {r["kernel"] for r in rows if (r["device"], r["head"], r["case"]) == key}
+        assert found == KERNELS[key[2]], f"{key}: compiled {found}, expected {KERNELS[key[2]]}"
     for row in rows:
         where = f"{row['kernel']} ({row['case']}) of {row['device']}, heads of {row['head']}"
         assert row["shared_bytes"] <= SHARED[row["device"]], f"{where}: too much shared memory"
         exact = row["case"].endswith("float32")  # not rounded for tensor cores
         assert exact or row["tensor_core_instructions"] > 0, f"{where}: no tensor cores"
-        if row["case"] in ("flash2", "flash2, float32", "decode"):
+        if row["case"] in ("flash2", "flash2, float32", "decode", "decode, 16 queries"):
             assert row["spilled_bytes"] == 0, f"{where}: spills {row['spilled_bytes']} bytes"

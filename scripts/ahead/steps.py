@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from research.kernels.attend import reference
+from research.kernels.attend import Attend, reference
 from research.kernels.flash2 import flash2
+from research.kernels.flash_tiles import flash_tiles
 from research.kernels.sharded import over_mesh
 from research.models import decoder
 from research.models.decoder import Decoder
@@ -33,11 +34,11 @@ COLLECTIVE = re.compile(
 
 def step_rows(name: str, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Peak memory of a step of GPT-2's size in LLaMA's form, by kernel and T; 8 rows."""
-    sharding = SingleDeviceSharding(devices(name)[0])
+    sharding, attend = SingleDeviceSharding(devices(name)[0]), kernel_of(name)
     kinds = {
         "reference": {"attend": reference},
-        "flash2": {"attend": partial(flash2, interpret=False)},
-        "flash2, layers again": {"attend": partial(flash2, interpret=False), "remat": "full"},
+        "flash2": {"attend": attend},
+        "flash2, layers again": {"attend": attend, "remat": "full"},
     }
     for T, kind in product(lengths, kinds):
         if kind != "reference" or T <= 2048:  # beyond, no device holds it
@@ -50,6 +51,12 @@ def step_rows(name: str, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
                 "peak_bytes": memory.peak_memory_in_bytes,
                 "temporary_bytes": memory.temp_size_in_bytes,
             }
+
+
+def kernel_of(name: str) -> Attend:
+    """flash2 as that device runs it, for heads of 64 numbers."""
+    tiles = flash_tiles(64, jnp.bfloat16, devices(name)[0].device_kind)
+    return partial(flash2, interpret=False, tiles=tiles)
 
 
 def training(
@@ -94,7 +101,7 @@ def mesh_rows(name: str) -> Iterator[dict[str, Any]]:
             axis_types=(AxisType.Auto,) * 3,
             devices=devices(name, 8),
         )
-        attend = over_mesh(partial(flash2, interpret=False), mesh)
+        attend = over_mesh(kernel_of(name), mesh)
         step, (params, state, tokens) = training({"attend": attend, "head_size": 64}, 1024, 4, 16)
         names = decoder.axes(Decoder(llama(50304, 4, 768, 16, 16, 3072, tied=True, head_size=64)))
         args = placed(params, state, tokens, names, mesh)
