@@ -76,6 +76,16 @@ def alpaca_zh() -> Rows:
     return _instructions("alpaca_zh_demo.json", ("instruction", "output"))
 
 
+def preferences_en() -> Rows:
+    """300 English conversations with a better and a worse last answer {conversations, chosen, rejected}."""
+    return _instructions("dpo_en_demo.json", ("conversations", "chosen", "rejected"))
+
+
+def preferences_zh() -> Rows:
+    """300 Chinese ones."""
+    return _instructions("dpo_zh_demo.json", ("conversations", "chosen", "rejected"))
+
+
 def glaive_en() -> Rows:
     """300 English conversations with tool calls {conversations, tools}."""
     return _instructions("glaive_toolcall_en_demo.json", ("conversations",))

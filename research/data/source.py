@@ -58,6 +58,24 @@ def supervised_source(table: packing.Table, batch_size: int, seed: int) -> Sourc
     return stepped(lambda step: supervised_batch(table, batch_size, seed, step))
 
 
+def pair_source(table: packing.Table, batch_size: int, seed: int) -> Source:
+    """Shuffled batches of the rows of `preferences.pair_rows`, each pair weighing 1 / batch_size. Other
+    fields of the table, such as the reference's log-probabilities [P, 2], come along.
+
+    ValueError for a table without rows.
+    """
+    count = len(table["tokens"])
+    if not count:
+        raise ValueError("empty data set: the table has no pairs")
+
+    def batch(step: int) -> Batch:
+        items = shuffle.batch_items(seed, step, batch_size, count)
+        weights = np.full(batch_size, 1 / batch_size, np.float32)
+        return {name: values[items] for name, values in table.items()} | {"pair_weights": weights}
+
+    return stepped(batch)
+
+
 def pretraining_batch(
     stream: np.ndarray,
     length: int,

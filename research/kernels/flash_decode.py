@@ -50,13 +50,13 @@ def flash_decode(
     mask: Mask,
     scale: float | None = None,
     softcap: float | None = None,
-    tile: int = 64,
+    tile: int | None = None,
     parts: int | None = None,
     interpret: bool | None = None,
 ) -> Array:
     """The contract of `research.kernels.attend` for at most FEW queries, without dropout.
 
-    `tile` keys at a time; `parts` of the cache at once, by default enough to fill a GPU. ValueError
+    `tile` keys at a time, by default 64, of wide heads 32; `parts` of the cache at once, by default enough to fill a GPU. ValueError
     for more queries, or more than MOST_ROWS of them with the heads that share keys, and where `flash2`
     raises one.
     """
@@ -71,6 +71,7 @@ def flash_decode(
         )
     if parts is not None and parts < 1:
         raise ValueError(f"a cache is read in 1 part or more, not {parts}")
+    tile = (64 if H <= 128 else 32) if tile is None else tile
     score, _ = scoring(H, scale, softcap, None)
     return _attention(q, k, v, mask.slopes, mask.replace(slopes=None), score, (tile, parts, here))
 
