@@ -3,10 +3,11 @@
 One query gives a GPU nothing to do: B * N programs, each reading a whole cache. So the keys are split
 into parts that run at once ("flash decoding", Dao et al. 2023, pytorch.org/blog/flash-decoding), and
 their peaks, sums and undivided results are combined afterwards. The query heads that share a key/value
-head are rows of one tile, so that its keys are read once for all of them. No backward pass.
+head are rows of one tile, so that its keys are read once for all of them. The gradients are those of
+the plain form.
 
 The cache is not copied to fill whole tiles: its last tile is shifted back to end where the cache ends,
-and keys that the tile before it had are hidden.
+and keys that the tile before it had are hidden. Only a cache whose heads are no power of 2 is copied.
 """
 
 from __future__ import annotations
@@ -37,9 +38,8 @@ from research.kernels.triton import Block, Tile, launch, program, require, span
 from research.types import Array
 
 FEW = 16  # queries of a call, at most
-MOST_ROWS = (
-    64  # of one tile: queries times the heads that share keys; more do not stay in registers
-)
+# Rows of one tile: queries times the heads that share keys. More do not stay in registers.
+MOST_ROWS = 64
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
