@@ -107,7 +107,9 @@ def _forward(q, k, v, mask, score, tile, parts, interpret):
     rows = operands.fitting(N // K * T, MOST_ROWS)
     row_mask = _row_mask(mask, T, K, rows, k.shape[1])
     args = _pack(q, K, rows, width), k, v, row_mask, visits
-    out = _combine(*_launch(args, score, S, Tile(rows, keys, 8 if width > 128 else 4), parts, interpret))
+    out = _combine(
+        *_launch(args, score, S, Tile(rows, keys, 8 if width > 128 else 4), parts, interpret)
+    )
     return _unpack(out, q)
 
 
