@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from research.losses.lm import cross_entropy, fused_cross_entropy, token_log_probs
 from research.losses.preference import PairLoss, Pairs
+from research.losses.reward import pairwise
 from research.models.heads import Head
 from research.types import Array, Batch, Mean, Objective, Params
 
@@ -136,6 +137,37 @@ def preference(model: Any, loss: PairLoss, chunk: int | None = None) -> Objectiv
         return (losses * batch["pair_weights"]).sum(), jax.lax.stop_gradient(metrics)
 
     return objective
+
+
+def reward(model: Any, head: Head, loss: Callable[[Array, Array], Array] = pairwise) -> Objective:
+    """Σ weights · loss(scores of the chosen, of the rejected answers) of rows of pairs.
+
+    The batch is that of `preference`, without a reference; the head reads the last token of each
+    segment. Metrics over pairs of non-zero weight: loss, accuracy (a tie counts half), margin, score.
+    """
+
+    def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
+        chosen, rejected = answer_scores(model, head, params, batch, rng).T
+        losses, counted = loss(chosen, rejected), (batch["pair_weights"] != 0).astype(jnp.float32)
+        found = {
+            "loss": losses,
+            "accuracy": (jnp.sign(chosen - rejected) + 1) / 2,
+            "margin": chosen - rejected,
+            "score": (chosen + rejected) / 2,
+        }
+        metrics = {name: Mean.of(value, counted) for name, value in found.items()}
+        return (losses * batch["pair_weights"]).sum(), jax.lax.stop_gradient(metrics)
+
+    return objective
+
+
+def answer_scores(
+    model: Any, head: Head, params: Params, batch: Batch, rng: Array | None = None
+) -> Array:
+    """What a head of one output says of both answers of each row of pairs, [P, 2]."""
+    hidden = states(model, params, batch, rng)
+    both = [head(params, hidden, batch["segment_ids"] == answer) for answer in (1, 2)]
+    return jnp.concatenate(both, axis=-1)
 
 
 def answer_log_probs(

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from research.losses.preference import dpo
-from research.models import arrange, decoder
+from research.losses.reward import pairwise
+from research.models import arrange, decoder, heads
 from research.models.attention import Attention
 from research.models.layers import GatedMlp, Linear
 from research.objectives import (
     answer_log_probs,
+    answer_scores,
     head_params,
     next_token,
     preference,
+    reward,
     with_penalty,
 )
 from research.types import Mean
@@ -163,3 +166,18 @@ def test_a_policy_that_is_its_reference_has_the_loss_ln_2(key):
     batch["reference"], _ = answer_log_probs(model, params, batch)
     value, _ = preference(model, dpo)(params, None, batch, None)
     assert float(value) == pytest.approx(np.log(2), rel=1e-6)
+
+
+def test_a_reward_model_reads_the_end_of_each_answer(key):
+    model, batch, head = tiny(True), pair_batch(key), heads.Head(1)
+    params = heads.add(INIT(model, key), head, D, key)
+    scores = answer_scores(model, head, params, batch)
+    for row, segment in ((0, 1), (0, 2), (1, 2)):
+        inside = np.flatnonzero(np.asarray(batch["segment_ids"][row]) == segment)
+        tokens = batch["tokens"][row, inside][None]
+        hidden = model.apply({"params": params}, tokens, method="hidden")
+        wanted = hidden[0, -1] @ params["score"]["kernel"][:, 0]
+        np.testing.assert_allclose(scores[row, segment - 1], wanted, atol=1e-5)
+    value, metrics = reward(model, head)(params, None, batch, None)
+    np.testing.assert_allclose(value, pairwise(*scores[:2].T).mean(), rtol=1e-5)
+    assert float(metrics["accuracy"].count) == 2
