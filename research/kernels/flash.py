@@ -23,7 +23,9 @@ from research.kernels.triton import require
 from research.types import Array
 
 
-def attention(name: str, forward: Callable, backward: Callable) -> Attend:
+def attention(
+    name: str, forward: Callable, backward: Callable, default: Callable = flash_tiles
+) -> Attend:
     """A kernel of the contract from its two passes.
 
     forward(q, k, v, mask, seed, call, tiles) -> (out, lse [B, N, T] float32, base 2)
@@ -72,7 +74,7 @@ def attention(name: str, forward: Callable, backward: Callable) -> Attend:
         check_inputs(q, k, v, mask)
         operands.check_operands(q, k, v, name)
         score, seed = scoring(q.shape[-1], scale, softcap, dropout)
-        tiles = flash_tiles(q.shape[-1], q.dtype) if tiles is None else tiles
+        tiles = default(q.shape[-1], q.dtype) if tiles is None else tiles
         call = Call(score, here, operands.static_offset(mask))
         return vjp(q, k, v, mask.slopes, mask.replace(slopes=None), seed, call, tiles)
 

@@ -3,10 +3,10 @@
     python -m scripts.bench attention --impl flash2,flash1,cudnn,xla [--tune] [--output FILE]
     python -m scripts.bench attention --impl blockwise,reference --quick        on a CPU
 
-The gate: each kernel's values and gradients at a short T, in bfloat16, may be at most 1.5 times as far
-from float32 as the reference form in bfloat16 is; a kernel that takes every feature has it with all of
-them. Every head size and every tile that is timed passes it first. Then tokens are kept at 16k a call while T grows. FLOPs are those of
-FlashAttention's papers: 4·B·N·T²·H forward, half of it when causal, 2.5 times as much backward.
+Every head size and every tile that is timed passes `scripts/benchmark/gate.py` first. Then tokens are kept
+at 16k a call while T grows. FLOPs are those of FlashAttention's papers: 4·B·N·T²·H forward, half of it when
+causal, 2.5 times as much backward. On a GPU one query on a long cache is timed too, whose measure is the
+GB of cache read in a second. All programs are compiled before any is timed, several at once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,78 +26,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.shared.cells import markdown
-from research.kernels.attend import Attend, reference
+from research.kernels.attend import Attend
 from research.kernels.cudnn import cudnn
-from research.kernels.flash_tiles import FlashTiles, flash_tiles
+from research.kernels.flash_tiles import flash_tiles
 from research.kernels.mask import Mask
 from research.kernels.select import kernel
 from research.kernels.triton import Tile
 from research.runs import environment
-from research.types import Array
+from scripts.benchmark.gate import both, exact, exact_decode, gate, inputs
 
 # Dense bfloat16 TFLOP/s of the tensor cores, by the makers' data sheets.
 PEAK = {"H100 80GB HBM3": 989, "H200": 989, "A100": 312}
 HEADS = (64, 128)
-FEATURES = {"flash1", "flash2", "blockwise", "reference"}  # all of the contract
-CALLS = 5  # of a repetition
-# Forward tiles to try; the first is the default.
-CANDIDATES = [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)]
+CALLS, ENOUGH_S = 5, 0.5  # of a repetition, and of all repetitions of one program
+CACHES = (1024, 8192, 32768)
+STEPS = 20  # of decoding, one after the other in one program
+# Tiles to try for each of flash2's kernels.
+CANDIDATES = {
+    "forward": "128,64,8,2 64,64,4,2 64,64,4,3 128,64,8,3 128,64,4,2 128,128,8,2 128,32,4,3 64,128,4,2",
+    "queries": "64,64,4,2 128,64,8,2 64,64,4,3 64,32,4,2 128,32,8,2",
+    "keys": "64,64,4,2 32,64,4,2 64,128,8,2 32,128,8,2 32,64,4,3",
+}
+Timed = float | Exception
 
 
 def named(name: str) -> Attend:
     """A kernel of `research.kernels.select`, or 'xla': JAX's own plain form."""
     return partial(cudnn, implementation="xla") if name == "xla" else kernel(name)
-
-
-def inputs(B: int, T: int, N: int, K: int, H: int, dtype: Any) -> list[Array]:
-    shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
-    keys = jax.random.split(jax.random.key(0), 4)
-    return [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True)]
-
-
-def both(attend: Callable, mask: Mask, *more: Any) -> Callable:
-    """(q, k, v, weights) -> (out, gradients of a weighted sum)."""
-
-    def loss(q, k, v, weights):
-        out = attend(q, k, v, mask, *more)
-        return jnp.sum(out.astype(jnp.float32) * weights.astype(jnp.float32)), out
-
-    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
-
-
-def gate(name: str, attend: Attend, T: int, H: int) -> float:
-    """Largest error in multiples of the reference's in bfloat16; AssertionError above 1.5."""
-    dtype = jnp.bfloat16
-    x, more = inputs(2, T, 4, 4 if name in ("cudnn", "xla") else 2, H, dtype), ()
-    mask = Mask()
-    if name in FEATURES:
-        ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (2, T)), axis=1))
-        mask = Mask(
-            window=T // 2,
-            prefix=jnp.array([0, T // 5]),
-            query_segments=ids,
-            key_segments=ids,
-            slopes=2.0 ** -jnp.arange(1, 5),
-        )
-        more = (None, (0.1, jax.random.key(1)), 20.0)
-    with jax.default_matmul_precision("highest"):
-        true = both(reference, mask, *more)(*(y.astype(jnp.float32) for y in x))
-    allowed, ours = both(reference, mask, *more)(*x), both(attend, mask, *more)(*x)
-    worst = max(_error(a, t) / _error(b, t) for a, b, t in _leaves(ours, allowed, true))
-    if not worst <= 1.5:
-        raise AssertionError(f"{name} is {worst:.2f} times as far from float32 as the reference")
-    return worst
-
-
-def _leaves(*trees: Any) -> Any:
-    return zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
-
-
-def _error(x: Array, true: Array) -> float:
-    return float(jnp.abs(x.astype(jnp.float32) - true).max()) + 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,53 +76,124 @@ class Work:
         B, T, N, _, H = self.sizes
         return 4.0 * B * N * T * T * H * (0.5 if self.causal else 1) * (3.5 if self.backward else 1)
 
+    def program(self, attend: Attend) -> Callable:
+        mask = Mask(causal=self.causal)
+        forward = jax.jit(lambda q, k, v, w: attend(q, k, v, mask))
+        return both(attend, mask) if self.backward else forward
 
-def seconds(attend: Attend, work: Work, dtype: Any, repeats: int) -> float:
-    """Median over repetitions of the mean of CALLS calls, after one that does not count: a GPU is given
-    the next while it runs one. nan where memory does not suffice."""
-    x, mask = inputs(*work.sizes, dtype), Mask(causal=work.causal)
-    forward = jax.jit(lambda q, k, v, w: attend(q, k, v, mask))
-    run, times = both(attend, mask) if work.backward else forward, []
-    try:
-        jax.block_until_ready(run(*x))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return float("nan")
-    for _ in range(repeats):
+    def arrays(self, dtype: Any) -> list:
+        return inputs(*self.sizes, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """One query of 32 heads on a cache of S keys of 8: LLaMA-3 8B's, for `rows` sequences."""
+
+    S: int
+    H: int = 128
+    rows: int = 16
+
+    @property
+    def bytes(self) -> float:
+        return 2 * 2.0 * self.rows * self.S * 8 * self.H
+
+    def program(self, attend: Attend) -> Callable:
+        step = partial(attend, mask=Mask(offset=self.S - 1))
+        many = lambda q, k, v: jax.lax.fori_loop(0, STEPS, lambda _, q: step(q, k, v), q)  # noqa: E731
+        return jax.jit(many)
+
+    def arrays(self, dtype: Any) -> list:
+        q, k, v = inputs(self.rows, self.S, 32, 8, self.H, dtype)[:3]
+        return [q[:, -1:], k, v]
+
+
+def seconds(jobs: dict[Any, tuple[Attend, Any]], dtype: Any, repeats: int) -> Iterator[tuple]:
+    """(key, seconds of a call or the error) of each job: the median over repetitions of the mean of some
+    calls, after one that does not count: a GPU is given the next while it runs one."""
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
+        compiling = {
+            key: pool.submit(
+                lambda attend, work: (
+                    work.program(attend)
+                    .lower(*jax.eval_shape(partial(work.arrays, dtype)))
+                    .compile()
+                ),
+                *job,
+            )
+            for key, job in jobs.items()
+        }
+    for key, (_, work) in jobs.items():
+        try:
+            yield key, timed(compiling[key].result(), work.arrays(dtype), repeats)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            yield key, error
+
+
+def timed(run: Callable, x: list, repeats: int) -> float:
+    jax.block_until_ready(run(*x))
+    start = time.perf_counter()
+    jax.block_until_ready(run(*x))
+    once, times = time.perf_counter() - start, []
+    calls = max(1, min(CALLS, int(ENOUGH_S / repeats / once)))
+    for _ in range(max(2, min(repeats, int(ENOUGH_S / calls / once)))):
         start = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             done = run(*x)
         jax.block_until_ready(done)
-        times.append((time.perf_counter() - start) / CALLS)
+        times.append((time.perf_counter() - start) / calls)
     return median(times)
 
 
-def measure(names: Sequence[str], work: Work, dtype: Any, repeats: int) -> dict[str, Any]:
-    found = {name: seconds(named(name), work, dtype, repeats) for name in names}
-    return {
-        **dataclasses.asdict(work),
-        "device": jax.devices()[0].device_kind,
-        "dtype": jnp.dtype(dtype).name,
-        "ms": {name: 1e3 * s for name, s in found.items()},
-        "tflops": {name: work.flops / s / 1e12 for name, s in found.items()},
-    }
+def known(spent: Timed) -> float:
+    """nan where memory did not suffice; any other error is raised."""
+    if not isinstance(spent, Exception):
+        return spent
+    if "RESOURCE_EXHAUSTED" not in str(spent):
+        raise spent
+    return float("nan")
 
 
-def tuned(H: int, dtype: Any, T: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Forward times of `flash2` with each candidate tile that compiles."""
-    default, work, rows = flash_tiles(H, dtype), Work(T, H, True, False, tokens), []
-    for tile in CANDIDATES:
-        tiles = FlashTiles(tile, default.queries, default.keys)
-        attend = partial(kernel("flash2"), tiles=tiles)
+def measure(names: Sequence[str], works: Sequence[Work], dtype: Any, repeats: int) -> Iterator:
+    jobs = {(work, name): (named(name), work) for work in works for name in names}
+    found: dict[str, float] = {}
+    for (work, name), spent in seconds(jobs, dtype, repeats):
+        found[name] = known(spent)
+        if name == names[-1]:
+            yield {
+                **dataclasses.asdict(work),
+                "device": jax.devices()[0].device_kind,
+                "dtype": jnp.dtype(dtype).name,
+                "ms": {name: 1e3 * s for name, s in found.items()},
+                "tflops": {name: work.flops / s / 1e12 for name, s in found.items()},
+            }
+
+
+def decoding(names: Sequence[str], dtype: Any, repeats: int) -> Iterator[dict[str, Any]]:
+    jobs = {(Decoding(S), name): (kernel(name), Decoding(S)) for S in CACHES for name in names}
+    for (work, name), spent in seconds(jobs, dtype, repeats):
+        one = known(spent) / STEPS
+        yield {
+            **dataclasses.asdict(work),
+            "decode": name,
+            "device": jax.devices()[0].device_kind,
+            "us": 1e6 * one,
+            "gb_per_s": work.bytes / one / 1e9,
+        }
+
+
+def tuned(H: int, dtype: Any, T: int, tokens: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Times of `flash2` with each candidate for one of its kernels, the others as they are."""
+    default, jobs = flash_tiles(H, dtype), {}
+    for which, candidates in CANDIDATES.items():
+        for tile in (Tile(*map(int, each.split(","))) for each in candidates.split()):
+            attend = partial(kernel("flash2"), tiles=dataclasses.replace(default, **{which: tile}))
+            jobs[which, tile] = attend, Work(T, H, True, which != "forward", tokens)
+    for (which, tile), spent in seconds(jobs, dtype, repeats):
+        row = {"H": H, "tuned": which, "tile": dataclasses.astuple(tile)}
         try:
-            gate("flash2", attend, 512, H)
-            spent = seconds(attend, work, dtype, repeats)
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
-            rows.append({"H": H, "tile": dataclasses.asdict(tile), "error": str(error)[:200]})
-            continue
-        rows.append({"H": H, "tile": dataclasses.asdict(tile), "ms": 1e3 * spent})
-    return rows
+            yield row | {"ms": 1e3 * known(spent)}
+        except (jax.errors.JaxRuntimeError, ValueError, AssertionError) as error:
+            yield row | {"error": str(error)[:200]}
 
 
 def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
@@ -190,6 +220,14 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     return f"TFLOP/s on {kind}\n\n" + markdown(["T", "head", "mask", "pass", *names], lines)
 
 
+def check(names: Sequence[str], T: int) -> None:
+    for name, H in product(names, HEADS):
+        worst = gate(name, named(name), T, H)
+        print(f"{name}, heads of {H}: right, error {worst:.2f} times the reference's", flush=True)
+        if name.startswith("flash"):
+            print(f"  in float32 wrong by {exact(name, named(name), T, H):.1g}", flush=True)
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench attention", description=__doc__.splitlines()[0]
@@ -198,25 +236,36 @@ def main(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("--impl", default="flash2,flash1,cudnn,xla" if on_gpu else "blockwise,reference")
     add("--quick", action="store_true", help="short T, few repetitions")
-    add("--tune", action="store_true", help="time flash2's tiles that do not spill, too")
+    add("--tune", action="store_true", help="time flash2 with other tiles instead")
+    add("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     add("--repeats", type=int, default=10)
     add("--output", type=Path, help="append JSON lines to this file")
     options = parser.parse_args(arguments)
     names, dtype = options.impl.split(","), jnp.bfloat16 if on_gpu else jnp.float32
-    for name, H in product(names, HEADS):
-        worst = gate(name, named(name), 64 if options.quick else 512, H)
-        print(f"{name}, heads of {H}: right, error {worst:.2f} times the reference's", flush=True)
-    lengths = (128, 256) if options.quick else (512, 1024, 2048, 4096, 8192, 16384)
-    tokens, width = (256, 128) if options.quick else (16384, 2048)
-    rows = []
-    for H, causal, backward, T in product(HEADS, (True, False), (False, True), lengths):
-        work = Work(T, H, causal, backward, tokens, width)
-        rows.append(measure(names, work, dtype, 2 if options.quick else options.repeats))
-        print(json.dumps(rows[-1]), flush=True)
-    print("\n" + table(rows, names))
+    tokens, width, repeats = (256, 128, 2) if options.quick else (16384, 2048, options.repeats)
     if options.tune:
-        rows += [r for H in HEADS for r in tuned(H, dtype, lengths[-1], tokens, options.repeats)]
-    if options.output:
-        facts = {"versions": environment.versions(), "git": environment.commit()}
-        with options.output.open("a") as file:
-            file.writelines(json.dumps({**row, **facts}) + "\n" for row in rows)
+        write((r for H in HEADS for r in tuned(H, dtype, 4096, tokens, repeats)), options.output)
+        return
+    check(names, 64 if options.quick else 512)
+    lengths = (128, 256) if options.quick else options.lengths
+    works = [
+        Work(T, H, causal, backward, tokens, width)
+        for H, causal, backward, T in product(HEADS, (True, False), (False, True), lengths)
+    ]
+    rows = write(measure(names, works, dtype, repeats), options.output)
+    if on_gpu:
+        print(f"decoding in float32 wrong by {exact_decode(kernel('flash_decode'), 1000, 128):.1g}")
+        write(decoding(("flash_decode", "reference"), dtype, repeats), options.output)
+    print("\n" + table(rows, names))
+
+
+def write(rows: Iterator[dict[str, Any]], output: Path | None) -> list[dict[str, Any]]:
+    """The rows, each printed, and appended to the file as soon as it is known."""
+    facts, found = {"versions": environment.versions(), "git": environment.commit()}, []
+    for row in rows:
+        found.append(row)
+        print(json.dumps(row), flush=True)
+        if output:
+            with output.open("a") as file:
+                file.write(json.dumps({**row, **facts}) + "\n")
+    return found

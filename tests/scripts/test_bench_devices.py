@@ -11,7 +11,7 @@ from research.models import decoder
 from research.models.decoder import Decoder
 from research.models.families.llama import llama
 from scripts import bench
-from scripts.benchmark import attention, train
+from scripts.benchmark import attention, gate, train
 
 
 def test_flops_by_hand():
@@ -33,9 +33,9 @@ def test_a_wrong_kernel_does_not_pass():
     def wrong(q, k, v, mask, scale=None, dropout=None, softcap=None):
         return reference(q, k, v, mask, scale, dropout, None)  # forgets the soft cap
 
-    assert attention.gate("blockwise", blockwise, 48, 16) <= 1.5
+    assert gate.gate("blockwise", blockwise, 48, 16) <= 1.5
     with pytest.raises(AssertionError, match=r"flash2 is .* times as far from float32"):
-        attention.gate("flash2", wrong, 48, 16)
+        gate.gate("flash2", wrong, 48, 16)
 
 
 def test_the_table_has_shares_of_a_known_device_and_ratios():
