@@ -1,0 +1,31 @@
+"""Losses bound to models: what the training step differentiates.
+
+An Objective is `(params, context, batch, rng) -> (loss, {name: Mean})`, see `research.types`.
+"""
+
+from research.objectives.model import head_outputs, head_params, project_with, states
+from research.objectives.penalty import Penalty, with_penalty
+from research.objectives.preferences import (
+    answer_log_probs,
+    answer_scores,
+    preference,
+    reward,
+)
+from research.objectives.supervised import choose, classify, next_token, regress
+
+__all__ = [
+    "Penalty",
+    "answer_log_probs",
+    "answer_scores",
+    "choose",
+    "classify",
+    "head_outputs",
+    "head_params",
+    "next_token",
+    "preference",
+    "project_with",
+    "regress",
+    "reward",
+    "states",
+    "with_penalty",
+]
