@@ -28,7 +28,7 @@ class FlashTiles:
 # By generation and the padded head size, for 16-bit inputs.
 TABLE: dict[tuple[str, int], FlashTiles] = {
     ("h100", 64): FlashTiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    ("h100", 128): FlashTiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    ("h100", 128): FlashTiles(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     ("h100", 256): FlashTiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     ("a100", 64): FlashTiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     ("a100", 128): FlashTiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),

@@ -40,6 +40,7 @@ from scripts.benchmark.gate import both, exact, exact_decode, gate, inputs
 # Dense bfloat16 TFLOP/s of the tensor cores, by the makers' data sheets.
 PEAK = {"H100 80GB HBM3": 989, "H200": 989, "A100": 312}
 HEADS = (64, 128)
+PLAIN_BYTES = 4e9  # of float32 scores, beyond which 'xla' is left out
 CALLS, ENOUGH_S = 5, 0.5  # of a repetition, and of all repetitions of one program
 CACHES = (1024, 8192, 32768)
 STEPS = 20  # of decoding, one after the other in one program
@@ -75,6 +76,11 @@ class Work:
     def flops(self) -> float:
         B, T, N, _, H = self.sizes
         return 4.0 * B * N * T * T * H * (0.5 if self.causal else 1) * (3.5 if self.backward else 1)
+
+    @property
+    def score_bytes(self) -> float:
+        B, T, N, _, _ = self.sizes
+        return 4.0 * B * N * T * T
 
     def program(self, attend: Attend) -> Callable:
         mask = Mask(causal=self.causal)
@@ -154,18 +160,28 @@ def known(spent: Timed) -> float:
 
 
 def measure(names: Sequence[str], works: Sequence[Work], dtype: Any, repeats: int) -> Iterator:
-    jobs = {(work, name): (named(name), work) for work in works for name in names}
-    found: dict[str, float] = {}
+    """A row for each work. 'xla' is not run (nan) where its scores take more than PLAIN_BYTES."""
+    for_each = {
+        work: [name for name in names if name != "xla" or work.score_bytes <= PLAIN_BYTES]
+        for work in works
+    }
+    jobs = {(work, n): (named(n), work) for work, chosen in for_each.items() for n in chosen}
+    found = {name: float("nan") for name in names}
     for (work, name), spent in seconds(jobs, dtype, repeats):
         found[name] = known(spent)
-        if name == names[-1]:
-            yield {
-                **dataclasses.asdict(work),
-                "device": jax.devices()[0].device_kind,
-                "dtype": jnp.dtype(dtype).name,
-                "ms": {name: 1e3 * s for name, s in found.items()},
-                "tflops": {name: work.flops / s / 1e12 for name, s in found.items()},
-            }
+        if name == for_each[work][-1]:
+            yield row(work, found, dtype)
+            found = {name: float("nan") for name in names}
+
+
+def row(work: Work, found: dict[str, float], dtype: Any) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(work),
+        "device": jax.devices()[0].device_kind,
+        "dtype": jnp.dtype(dtype).name,
+        "ms": {name: 1e3 * s for name, s in found.items()},
+        "tflops": {name: work.flops / s / 1e12 for name, s in found.items()},
+    }
 
 
 def decoding(names: Sequence[str], dtype: Any, repeats: int) -> Iterator[dict[str, Any]]:
