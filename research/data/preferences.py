@@ -65,12 +65,13 @@ def preference(row: Row, place: str = "row") -> Preference:
         return Preference(prompt, *(_turn(row, field, place) for field in ("chosen", "rejected")))
     if row.get("prompt") is not None:
         return Preference(
-            _prompt(row, place), *(_text(row, f, place) for f in ("chosen", "rejected"))
+            prompt_of(row, place), *(_text(row, f, place) for f in ("chosen", "rejected"))
         )
     return _whole_conversations(row, place)
 
 
-def _prompt(row: Row, place: str) -> list[Message]:
+def prompt_of(row: Row, place: str) -> list[Message]:
+    """The messages of the field `prompt`, which may be the text of one."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
@@ -136,7 +137,7 @@ def _pair(
     identical = int(row.chosen == row.rejected)
     if identical and drop_identical:
         return None, PairCounts(read=1, identical=1, identical_dropped=1)
-    both = [_encoded(row.prompt, answer, encode, place) for answer in (row.chosen, row.rejected)]
+    both = [encoded(row.prompt, answer, encode, place) for answer in (row.chosen, row.rejected)]
     truncated = int(any(len(ids) > max_length for ids, _ in both))
     pair = ExamplePair(*(shift(ids[:max_length], mask[:max_length]) for ids, mask in both))
     if not all(np.any(example.weights) for example in pair):
@@ -144,9 +145,10 @@ def _pair(
     return pair, PairCounts(read=1, kept=1, identical=identical, truncated=truncated)
 
 
-def _encoded(
+def encoded(
     prompt: Sequence[Message], answer: str, encode: Encode, place: str
 ) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, mask) [T] of a conversation that ends in `answer`, the only turn to be learned."""
     silent = [{**m, "loss_weight": 0.0} if m["role"] == "assistant" else m for m in prompt]
     try:
         return encode([*silent, {"role": "assistant", "content": answer}])
@@ -168,9 +170,10 @@ def pair_rows(examples: Sequence[ExamplePair], length: int, pad_id: int = 0) -> 
 
 def overlap(train: Iterable[Preference], held_out: Iterable[Preference]) -> list[Preference]:
     """The held-out pairs whose prompt is one of the training prompts: leaks between splits."""
-    seen = {_key(row) for row in train}
-    return [row for row in held_out if _key(row) in seen]
+    seen = {prompt_key(row.prompt) for row in train}
+    return [row for row in held_out if prompt_key(row.prompt) in seen]
 
 
-def _key(row: Preference) -> tuple[Any, ...]:
-    return tuple((m["role"], " ".join(m["content"].split())) for m in row.prompt)
+def prompt_key(prompt: Sequence[Message]) -> tuple[Any, ...]:
+    """Equal for prompts that differ in white space only."""
+    return tuple((m["role"], " ".join(m["content"].split())) for m in prompt)

@@ -64,14 +64,32 @@ def pair_source(table: packing.Table, batch_size: int, seed: int) -> Source:
 
     ValueError for a table without rows.
     """
+    return _equally_weighed(table, batch_size, seed, "pair")
+
+
+def answer_source(table: packing.Table, batch_size: int, seed: int) -> Source:
+    """The same of the rows of `judged.answer_rows`, whose weights are `answer_weights`.
+
+    ValueError for a batch of 1 too: its reference point would be what one mismatched answer says.
+    """
+    if batch_size < 2:
+        raise ValueError(
+            "KTO's reference point is a mean over the answers to other prompts of a batch: "
+            f"a batch of {batch_size} has too few, take 2 or more"
+        )
+    return _equally_weighed(table, batch_size, seed, "answer")
+
+
+def _equally_weighed(table: packing.Table, batch_size: int, seed: int, unit: str) -> Source:
     count = len(table["tokens"])
     if not count:
-        raise ValueError("empty data set: the table has no pairs")
+        raise ValueError(f"empty data set: the table has no {unit}s")
+    weights = np.full(batch_size, 1 / batch_size, np.float32)
 
     def batch(step: int) -> Batch:
         items = shuffle.batch_items(seed, step, batch_size, count)
-        weights = np.full(batch_size, 1 / batch_size, np.float32)
-        return {name: values[items] for name, values in table.items()} | {"pair_weights": weights}
+        rows = {name: values[items] for name, values in table.items()}
+        return rows | {f"{unit}_weights": weights}
 
     return stepped(batch)
 

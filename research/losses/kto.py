@@ -32,19 +32,27 @@ class Answers:
 
 
 def mismatched(rows: Array) -> Array:
-    """Each answer's row moved to the next prompt: [B, ...] rotated by one. ValueError for B = 1, where
-    an answer would meet its own prompt."""
-    if rows.shape[0] < 2:
-        raise ValueError(
-            "KTO estimates its reference point from answers to other prompts of the batch: "
-            "a batch of 1 has none, take 2 or more"
-        )
+    """Each answer's row moved to the next prompt: [B, ...] rotated by one. ValueError for B = 1."""
+    check_size(rows.shape[0])
     return jnp.roll(rows, 1, axis=0)
 
 
-def reference_point(policy: Array, reference: Array) -> Array:
-    """z₀ = max(0, mean(log π − log π_ref)) over mismatched answers [B], nats; no gradient."""
-    return lax.stop_gradient(jnp.maximum(0.0, jnp.mean(policy - reference)))
+def check_size(batch_size: int) -> None:
+    """ValueError for a batch of one, where an answer would meet its own prompt alone."""
+    if batch_size < 2:
+        raise ValueError(
+            "KTO estimates its reference point from answers to other prompts of the batch: "
+            f"a batch of {batch_size} has none, take 2 or more"
+        )
+
+
+def reference_point(policy: Array, reference: Array, weights: Array | None = None) -> Array:
+    """z₀ = max(0, mean(log π − log π_ref)) over mismatched answers [B], nats; no gradient. `weights` [B]
+    are 0 for rows of padding and else 1."""
+    ratios = policy - reference
+    weights = jnp.ones_like(ratios) if weights is None else weights
+    mean = (ratios * weights).sum() / jnp.maximum(weights.sum(), 1)
+    return lax.stop_gradient(jnp.maximum(0.0, mean))
 
 
 def kto(

@@ -8,6 +8,7 @@ from research.objectives.penalty import Penalty, with_penalty
 from research.objectives.preferences import (
     answer_log_probs,
     answer_scores,
+    kto,
     preference,
     reward,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "classify",
     "head_outputs",
     "head_params",
+    "kto",
     "next_token",
     "preference",
     "project_with",

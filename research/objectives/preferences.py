@@ -1,4 +1,4 @@
-"""Objectives of pairs of answers, one better than the other: preference losses and reward models."""
+"""Objectives of answers that were judged: of pairs (preference losses, reward models) and single (KTO)."""
 
 from __future__ import annotations
 
@@ -9,39 +9,102 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.losses import kto as singles
 from research.losses.lm import token_log_probs
 from research.losses.preference import PairLoss, Pairs
 from research.losses.reward import pairwise
 from research.models.heads import Head
 from research.objectives.model import head_params, project_with, states
+from research.objectives.reference import Reference
 from research.types import Array, Batch, Mean, Objective, Params
 
 
-def preference(model: Any, loss: PairLoss, chunk: int | None = None) -> Objective:
+def preference(
+    model: Any, loss: PairLoss, chunk: int | None = None, reference: Reference | None = None
+) -> Objective:
     """Σ weights · loss of pairs of answers (`losses.preference`).
 
     The batch holds tokens, targets, weights, segment_ids and positions [P, T] as `data.preferences`
-    lays pairs out; pair_weights [P]; and reference [P, 2], the reference's log-probabilities of both
-    answers (`answer_log_probs`), where the loss looks at one. Metrics over pairs of non-zero weight: loss, accuracy
+    lays pairs out, and pair_weights [P]. The reference's log-probabilities of both answers are the batch's
+    `reference` [P, 2] (`answer_log_probs`), or those of a live `reference` (`objectives.reference`); a loss
+    that looks at none needs neither. Metrics over pairs of non-zero weight: loss, accuracy
     (margin above 0), margin of log-ratios, and the two log-probabilities, chosen and rejected.
     """
 
     def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
         sums, tokens = answer_log_probs(model, params, batch, rng, chunk)
-        reference = batch.get("reference", jnp.zeros_like(sums))
-        pairs = Pairs(*sums.T, *reference.T, *tokens.T)
-        losses, counted = loss(pairs), (batch["pair_weights"] != 0).astype(jnp.float32)
-        found = {
-            "loss": losses,
-            "accuracy": (pairs.margin > 0).astype(jnp.float32),
-            "margin": pairs.margin,
-            "chosen": pairs.chosen,
-            "rejected": pairs.rejected,
-        }
-        metrics = {name: Mean.of(value, counted) for name, value in found.items()}
-        return (losses * batch["pair_weights"]).sum(), jax.lax.stop_gradient(metrics)
+        theirs = reference_log_probs(model, params, context, batch, chunk, reference)
+        theirs = jnp.zeros_like(sums) if theirs is None else theirs
+        pairs = Pairs(*sums.T, *theirs.T, *tokens.T)
+        return _weighed(loss(pairs), pairs, batch["pair_weights"])
 
     return objective
+
+
+def _weighed(losses: Array, pairs: Pairs, weights: Array) -> tuple[Array, dict[str, Mean]]:
+    counted = (weights != 0).astype(jnp.float32)
+    found = {
+        "loss": losses,
+        "accuracy": (pairs.margin > 0).astype(jnp.float32),
+        "margin": pairs.margin,
+        "chosen": pairs.chosen,
+        "rejected": pairs.rejected,
+    }
+    metrics = {name: Mean.of(value, counted) for name, value in found.items()}
+    return (losses * weights).sum(), jax.lax.stop_gradient(metrics)
+
+
+def kto(
+    model: Any,
+    beta: float = 0.1,
+    good_weight: float = 1.0,
+    bad_weight: float = 1.0,
+    chunk: int | None = None,
+    reference: Reference | None = None,
+) -> Objective:
+    """Σ weights · KTO of single answers (`losses.kto`), λ_D = good_weight and λ_U = bad_weight.
+
+    The batch holds rows as `data.judged` lays them out, good [P] and answer_weights [P]; the reference is
+    that of `preference`. z₀ is a mean over the rows that one call sees: all devices' of a mesh, but each
+    micro-batch has its own. ValueError for one row. Metrics over answers of non-zero weight: loss, z0 (nats), and the
+    log-ratio of good and of bad answers.
+    """
+
+    def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
+        singles.check_size(len(batch["good"]))
+        sums, _ = answer_log_probs(model, params, batch, rng, chunk)
+        theirs = reference_log_probs(model, params, context, batch, chunk, reference)
+        if theirs is None:
+            raise ValueError("KTO needs a reference: the batch has none, and none was given")
+        weights, good = batch["answer_weights"], batch["good"]
+        counted = (weights != 0).astype(jnp.float32)
+        z0 = singles.reference_point(sums[:, 1], theirs[:, 1], counted)
+        answers = singles.Answers(sums[:, 0], theirs[:, 0], good)
+        losses = singles.kto(answers, z0, beta, good_weight, bad_weight)
+        metrics = {
+            "loss": Mean.of(losses, counted),
+            "z0": Mean.of(z0),
+            "good": Mean.of(answers.ratios, counted * good),
+            "bad": Mean.of(answers.ratios, counted * ~good),
+        }
+        return (losses * weights).sum(), jax.lax.stop_gradient(metrics)
+
+    return objective
+
+
+def reference_log_probs(
+    model: Any,
+    params: Params,
+    context: Any,
+    batch: Batch,
+    chunk: int | None,
+    reference: Reference | None,
+) -> Array | None:
+    """The reference's log-probabilities [P, 2] without a gradient: live, or the batch's, or None."""
+    if reference is None:
+        return batch.get("reference")
+    other, theirs = reference(model, params, context)
+    return answer_log_probs(other, jax.lax.stop_gradient(theirs), batch, None, chunk)[0]
 
 
 def reward(model: Any, head: Head, loss: Callable[[Array, Array], Array] = pairwise) -> Objective:
