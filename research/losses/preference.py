@@ -62,6 +62,12 @@ def dpo(pairs: Pairs, beta: float = 0.1, smoothing: float = 0.0) -> Array:
     return _logistic(beta * pairs.margin, smoothing)
 
 
+def sigmoid_norm(pairs: Pairs, beta: float = 0.1) -> Array:
+    """−log σ(β(ρ_w/|y_w| − ρ_l/|y_l|)): DPO on log-ratios a token (Meng et al. 2024, arXiv:2405.14734, as a
+    baseline). Answers of one token are DPO's."""
+    return -log_sigmoid(beta * jnp.subtract(*pairs.mean_ratios))
+
+
 def robust_dpo(pairs: Pairs, beta: float = 0.1, smoothing: float = 0.1) -> Array:
     """[−(1−ε) log σ(βh) + ε log σ(−βh)] / (1−2ε): its mean is DPO's on clean labels (Chowdhury et al. 2024,
     arXiv:2403.00409). It may be negative. ValueError unless 0 ≤ ε < 1/2."""
@@ -237,6 +243,7 @@ def _log_one_minus_exp(x: Array) -> Array:
 
 LOSSES: dict[str, PairLoss] = {
     "dpo": dpo,
+    "sigmoid_norm": sigmoid_norm,
     "robust": robust_dpo,
     "ipo": ipo,
     "hinge": hinge,

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.types import Array
+from research.types import Array, PyTree
 
 # Positions of all rows together: 128 · V · 4 bytes of logits, 25 MB at V = 49152.
 POSITIONS_PER_CHUNK = 128
@@ -86,3 +87,37 @@ def compact(hidden: Array, targets: Array, weights: Array, chunk: int | None) ->
         chunk=chunk,
         length=T,
     )
+
+
+def per_position(
+    of: Callable[[Array, Array], Array],
+    project: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    hidden: Array,
+    targets: Array,
+    weights: Array,
+    chunk: int | None = None,
+) -> Array:
+    """of(logits [B, c, V], targets [B, c]) -> [B, c, ...] for all chunks: [B, T, ...] float32, 0 where
+    `weights` [B, T] is 0.
+
+    Differentiable, and neither pass holds [B, T, V]: the backward pass computes a chunk's logits again.
+    Chunks without any weight are skipped.
+    """
+    rows = compact(hidden, targets, weights, chunk)
+
+    @jax.checkpoint
+    def score(params, h, y, w):
+        found = of(project(params, h).astype(jnp.float32), y)
+        return jnp.where((w != 0).reshape(*w.shape, *[1] * (found.ndim - 2)), found, 0)
+
+    def skip(params, h, y, w):
+        return jnp.zeros(jax.eval_shape(score, params, h, y, w).shape, jnp.float32)
+
+    def body(_, i):
+        h, y, w = rows.slice(i)
+        return None, lax.cond((w != 0).any(), score, skip, params, h, y, w)
+
+    _, parts = lax.scan(body, None, jnp.arange(rows.count))  # [n, B, c, ...]
+    whole = jnp.moveaxis(parts, 0, 1)
+    return rows.restore(whole.reshape(whole.shape[0], -1, *whole.shape[3:]))

@@ -8,9 +8,11 @@ from research.objectives.penalty import Penalty, with_penalty
 from research.objectives.preferences import (
     answer_log_probs,
     answer_scores,
+    answer_tokens,
     kto,
     preference,
     reward,
+    token_preference,
 )
 from research.objectives.supervised import choose, classify, next_token, regress
 
@@ -18,6 +20,7 @@ __all__ = [
     "Penalty",
     "answer_log_probs",
     "answer_scores",
+    "answer_tokens",
     "choose",
     "classify",
     "head_outputs",
@@ -29,5 +32,6 @@ __all__ = [
     "regress",
     "reward",
     "states",
+    "token_preference",
     "with_penalty",
 ]

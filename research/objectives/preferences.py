@@ -13,6 +13,7 @@ from research.losses import kto as singles
 from research.losses.lm import token_log_probs
 from research.losses.preference import PairLoss, Pairs
 from research.losses.reward import pairwise
+from research.losses.token_preference import TokenLoss, TokenPairs, token_pairs
 from research.models.heads import Head
 from research.objectives.model import head_params, project_with, states
 from research.objectives.reference import Reference
@@ -39,6 +40,47 @@ def preference(
         return _weighed(loss(pairs), pairs, batch["pair_weights"])
 
     return objective
+
+
+def token_preference(
+    model: Any, loss: TokenLoss, reference: Reference, chunk: int | None = None
+) -> Objective:
+    """Σ weights · loss of pairs whose tokens are looked at singly (`losses.token_preference`).
+
+    Batch and metrics are those of `preference`; the reference is live, as its whole distributions are
+    compared with the policy's.
+    """
+
+    def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
+        tokens = answer_tokens(model, params, context, batch, rng, chunk, reference)
+        return _weighed(loss(tokens), tokens.pairs(), batch["pair_weights"])
+
+    return objective
+
+
+def answer_tokens(
+    model: Any,
+    params: Params,
+    context: Any,
+    batch: Batch,
+    rng: Array | None,
+    chunk: int | None,
+    reference: Reference,
+) -> TokenPairs:
+    """What policy and reference say at each position of rows of pairs; a gradient of the policy's alone."""
+    other, theirs = reference(model, params, context)
+    theirs = jax.lax.stop_gradient(theirs)
+    hidden = states(model, params, batch, rng)
+    D = hidden.shape[-1]
+
+    def project(heads: Params, both: Array) -> tuple[Array, Array]:
+        mine, its = both[..., :D], both[..., D:]
+        return project_with(model, heads[0], mine), project_with(other, heads[1], its)
+
+    heads = head_params(params), head_params(theirs)
+    both = jnp.concatenate([hidden, states(other, theirs, batch)], axis=-1)
+    answers = jnp.where(batch["weights"] != 0, batch["segment_ids"], 0)
+    return token_pairs(project, heads, both, batch["targets"], answers, chunk)
 
 
 def _weighed(losses: Array, pairs: Pairs, weights: Array) -> tuple[Array, dict[str, Mean]]:

@@ -120,6 +120,18 @@ def test_numbers_of_an_older_release():
     np.testing.assert_allclose(preference.ipo(pairs, 0.1), 29.7945, atol=0.01)
 
 
+def test_dpo_by_length():
+    """Ratios +3 of 3 tokens and −2 of 4: β(1 + 0.5); a token an answer is DPO."""
+    pairs = simple((0.0, 0.0), (-7.0, -7.0), reference=((-3.0, -3.0), (-5.0, -5.0)))
+    pairs = pairs.replace(chosen_tokens=jnp.full(2, 3.0), rejected_tokens=jnp.full(2, 4.0))
+    wanted = math.log1p(math.exp(-0.2 * 1.5))
+    np.testing.assert_allclose(preference.sigmoid_norm(pairs, 0.2), wanted, rtol=1e-6)
+    single = pairs.replace(chosen_tokens=jnp.ones(2), rejected_tokens=jnp.ones(2))
+    np.testing.assert_allclose(
+        preference.sigmoid_norm(single, 0.2), preference.dpo(single, 0.2), rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize("name", preference.LOSSES)
 def test_extreme_log_probabilities_are_finite(name):
     loss = preference.LOSSES[name]
@@ -146,7 +158,7 @@ def test_a_better_margin_is_a_lower_loss_and_longer_answers_matter_where_they_sh
         rejected_tokens=2 * better.rejected_tokens,
     )
     same = np.allclose(loss(longer), loss(better), rtol=1e-6)
-    assert same == (name in ("simpo", "orpo"))
+    assert same == (name in ("simpo", "orpo", "sigmoid_norm"))
     if name == "ipo":
         a, b = (preference.ipo(x, average=True) for x in (longer, better))
         np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -1,5 +1,7 @@
 """References that are computed as they are needed: equal to cached ones, constant, and refused."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import optax
@@ -8,7 +10,8 @@ from judged_rows import INIT, MODEL, V, model, pairs
 
 from research.data.source import pair_source
 from research.losses.preference import dpo
-from research.objectives import answer_log_probs, preference
+from research.losses.token_preference import tdpo2
+from research.objectives import answer_log_probs, answer_tokens, preference, token_preference
 from research.objectives.reference import in_context, without_adapter
 from research.train.loop import Training, fit
 from research.weights import lora
@@ -81,3 +84,30 @@ def test_references_that_cannot_be(base):
         objective(base, context, batch, None)
     with pytest.raises(ValueError, match="the reference would be the policy itself"):
         preference(MODEL, dpo, reference=without_adapter)(base, None, batch, None)
+
+
+@pytest.mark.parametrize("reference", ["without_adapter", "in_context"])
+def test_token_losses_have_the_same_references(base, adapted, reference):
+    """TDPO2 at α = 0 is DPO, whose reference is cached here; at 1 it looks at whole distributions."""
+    batch = pairs()
+    cached = batch | {"reference": answer_log_probs(MODEL, base, batch)[0]}
+    wanted = found(preference(MODEL, dpo), adapted, None, cached)
+    live = without_adapter if reference == "without_adapter" else in_context()
+    run = lambda alpha: found(  # noqa: E731
+        token_preference(MODEL, partial(tdpo2, alpha=alpha), live),
+        adapted,
+        {"reference": base},
+        batch,
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), run(0.0), wanted
+    )
+    tokens = answer_tokens(MODEL, adapted, {"reference": base}, batch, None, None, live)
+    logits = [
+        MODEL.apply({"params": p}, batch["tokens"], batch["positions"], batch["segment_ids"])
+        for p in (adapted, base)
+    ]
+    policy, theirs = (jax.nn.log_softmax(x) for x in logits)
+    divergence = (np.exp(theirs) * (theirs - policy)).sum(-1) * (tokens.answers != 0)
+    np.testing.assert_allclose(tokens.divergence, divergence, atol=1e-4)
+    assert abs(float(run(1.0)[0][0]) - float(wanted[0][0])) > 1e-3
