@@ -82,6 +82,7 @@ def generate(
     callback: Callback | None = None,
     stream_every: int = 1,
     among: Trie | None = None,
+    width: int | None = None,
 ) -> Generation:
     """Continue every prompt by up to `sampling.max_tokens` tokens.
 
@@ -91,7 +92,8 @@ def generate(
     them, which saves a copy of the parameters in every call. With `among` every answer is one of
     the trie's, and a row ends where its answer does. PromptError says which prompt is empty,
     outside the vocabulary, or too long for the context; ValueError which number of the sampling
-    does not fit the vocabulary or the trie.
+    does not fit the vocabulary or the trie. Prompts are padded to `width` tokens, by default to a
+    bucket that holds the longest: with a width of its own a caller compiles once for all batches.
     """
     config = model.config
     context, missing = config.max_length, config.position.missing
@@ -103,7 +105,10 @@ def generate(
     every = sampling.max_tokens if callback is None else stream_every
     if every < 1:
         raise ValueError(f"stream_every must be at least 1, got {stream_every}")
-    width = bucket(max(len(prompt) for prompt in prompts))
+    longest = max(len(prompt) for prompt in prompts)
+    if width is not None and width < longest:
+        raise ValueError(f"width is {width}, and the longest prompt has {longest} tokens")
+    width = bucket(longest) if width is None else width
     tokens, segments = left_padded(prompts, width, pad_id)
     params = params if in_layers(params) else for_decoding(params)
     stop, filters = jnp.asarray(sampling.stop_ids, jnp.int32), sampling.filters
