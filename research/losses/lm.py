@@ -28,7 +28,7 @@ from flax import struct
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from research.losses.rows import Rows, compact
+from research.losses.rows import Rows, compact, per_position
 from research.types import Array, Mean, PyTree
 
 # (params, hidden [..., D]) -> logits [..., V]
@@ -123,7 +123,7 @@ def token_log_probs(
     Differentiable: the backward pass computes a chunk's logits again, so that neither pass holds
     [B, T, V]. Chunks without any weight are skipped.
     """
-    return _per_position(_log_prob, project, params, hidden, targets, weights, chunk)
+    return per_position(_log_prob, project, params, hidden, targets, weights, chunk)
 
 
 def token_log_probs_and_entropy(
@@ -141,36 +141,13 @@ def token_log_probs_and_entropy(
         entropy = -(jnp.exp(log_p) * log_p).sum(-1)
         return jnp.stack([_log_prob(logits, targets), entropy], axis=-1)
 
-    found = _per_position(both, project, params, hidden, targets, weights, chunk)
+    found = per_position(both, project, params, hidden, targets, weights, chunk)
     return found[..., 0], found[..., 1]
 
 
 def _log_prob(logits: Array, targets: Array) -> Array:
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _per_position(of, project, params, hidden, targets, weights, chunk) -> Array:
-    """of(logits [B, c, V], targets [B, c]) -> [B, c, ...] for all chunks: [B, T, ...]."""
-    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
-    rows = compact(hidden, targets, weights, chunk)
-
-    @jax.checkpoint
-    def score(params, h, y, w):
-        found = of(project(params, h).astype(jnp.float32), y)
-        return jnp.where((w != 0).reshape(*w.shape, *[1] * (found.ndim - 2)), found, 0)
-
-    def skip(params, h, y, w):
-        shape = jax.eval_shape(score, params, h, y, w).shape
-        return jnp.zeros(shape, jnp.float32)
-
-    def body(_, i):
-        h, y, w = rows.slice(i)
-        return None, lax.cond((w != 0).any(), score, skip, params, h, y, w)
-
-    _, parts = lax.scan(body, None, jnp.arange(rows.count))  # [n, B, c, ...]
-    whole = jnp.moveaxis(parts, 0, 1)
-    return rows.restore(whole.reshape(whole.shape[0], -1, *whole.shape[3:]))
 
 
 def _sums(logits: Array, targets: Array, weights: Array, terms: Terms) -> tuple[Sums, Array]:

@@ -95,15 +95,16 @@ def per_position(
     params: PyTree,
     hidden: Array,
     targets: Array,
-    weights: Array,
+    weights: Array | None = None,
     chunk: int | None = None,
 ) -> Array:
     """of(logits [B, c, V], targets [B, c]) -> [B, c, ...] for all chunks: [B, T, ...] float32, 0 where
-    `weights` [B, T] is 0.
+    `weights` [B, T] is 0; None is 1 everywhere.
 
     Differentiable, and neither pass holds [B, T, V]: the backward pass computes a chunk's logits again.
     Chunks without any weight are skipped.
     """
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
     rows = compact(hidden, targets, weights, chunk)
 
     @jax.checkpoint
