@@ -142,6 +142,20 @@ def test_extreme_log_probabilities_are_finite(name):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads)), (chosen, rejected)
 
 
+@pytest.mark.parametrize("good", [True, False])
+def test_kto_is_finite_at_extremes(good):
+    """It is bounded by λ, wherever the answer stands to z₀."""
+    for policy, reference in ((-1e4, 0.0), (0.0, -1e4), (-1e4, -1e4)):
+        for z0 in (0.0, 1e4):
+
+            def loss(x, reference=reference, z0=z0):
+                answers = Answers(x, jnp.full(2, reference), jnp.full(2, good))
+                return singles.kto(answers, z0, 0.1, 1.3, 1.3).sum()
+
+            value, slope = jax.value_and_grad(loss)(jnp.full(2, policy))
+            assert 0 <= value <= 2.6 + 1e-5 and np.isfinite(slope).all()
+
+
 @pytest.mark.parametrize("name", preference.LOSSES)
 def test_a_better_margin_is_a_lower_loss_and_longer_answers_matter_where_they_should(name):
     loss = preference.LOSSES[name]
