@@ -168,9 +168,9 @@ def _backward_kernel(
     lax.fori_loop(0, p.blocks[1], key_block, None)
 
 
-def flash1_tiles(H: int, dtype: Any) -> FlashTiles:
+def flash1_tiles(H: int, dtype: Any, device_kind: str | None = None) -> FlashTiles:
     """Its backward pass holds more of a tile than those of `flash2` do: wide heads have half the keys."""
-    tiles = flash_tiles(H, dtype)
+    tiles = flash_tiles(H, dtype, device_kind)
     narrow = H > 64 and jnp.dtype(dtype) != jnp.float32
     return replace(tiles, forward=Tile(64, 32, 8, 2)) if narrow else tiles
 

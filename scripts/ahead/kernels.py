@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from research.kernels.attend import Attend
-from research.kernels.flash1 import flash1
+from research.kernels.flash1 import flash1, flash1_tiles
 from research.kernels.flash2 import flash2
 from research.kernels.flash_decode import MOST_ROWS, flash_decode
 from research.kernels.flash_tiles import FlashTiles, flash_tiles
@@ -41,14 +41,15 @@ def kernel_rows(name: str, heads: Sequence[int]) -> Iterator[dict[str, Any]]:
     device = devices(name)[0]
     for H in heads:
         tiles = flash_tiles(H, jnp.bfloat16, device.device_kind)
-        for case, function, args in cases(H, tiles):
+        older = flash1_tiles(H, jnp.bfloat16, device.device_kind)
+        for case, function, args in cases(H, tiles, older):
             with tempfile.TemporaryDirectory() as dump:
                 compiled(function, args, SingleDeviceSharding(device), dump)
                 for row in resources(Path(dump), name):
                     yield {"device": name, "head": H, "case": case, **row}
 
 
-def cases(H: int, tiles: FlashTiles) -> Iterator[tuple[str, Callable, tuple]]:
+def cases(H: int, tiles: FlashTiles, older: FlashTiles) -> Iterator[tuple[str, Callable, tuple]]:
     B, T, N, K = 2, 2048, 8, 4
     q, k = (jax.ShapeDtypeStruct((B, T, n, H), jnp.bfloat16) for n in (N, K))
     ids, rng = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.eval_shape(jax.random.key, 0)
@@ -59,16 +60,16 @@ def cases(H: int, tiles: FlashTiles) -> Iterator[tuple[str, Callable, tuple]]:
         rng,
     )
 
-    def plain(kernel: Attend) -> Callable:
+    def plain(kernel: Attend, tiles: FlashTiles) -> Callable:
         return gradient(lambda q, k, v: kernel(q, k, v, Mask(), tiles=tiles, interpret=False))
 
     def everything(q, k, v, slopes, prefix, ids, rng):
         mask = Mask(window=900, prefix=prefix, slopes=slopes, query_segments=ids, key_segments=ids)
         return flash2(q, k, v, mask, None, (0.1, rng), 30.0, tiles=tiles, interpret=False)
 
-    yield "flash2", plain(flash2), (q, k, k)
+    yield "flash2", plain(flash2, tiles), (q, k, k)
     yield "flash2, every feature", gradient(everything), (q, k, k, *small)
-    yield "flash1", plain(flash1), (q, k, k)
+    yield "flash1", plain(flash1, older), (q, k, k)
     exact = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, k)]
     full = gradient(lambda q, k, v: flash2(q, k, v, Mask(), interpret=False))
     yield "flash2, float32", full, exact
