@@ -25,6 +25,7 @@ from research.train.schedules import Cosine
 from research.types import Objective, Params, Source
 
 Pair = tuple[str, Preference]
+SEEN = 20  # how many of the pairs that were trained on are measured again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +101,21 @@ def tuned(config: Setting, objective: Objective, source: Source, directory: Path
 
 
 def moved(config: Setting, params: Params) -> dict[str, float]:
-    """Of held-out pairs: share with a margin above 0, mean margin, and how far each answer moved, nats."""
-    base, ((_, kept), (_, before)) = smollm2_layers(config.layers), of_setting(config)
-    after = answered(base.model, params, kept)
-    margin, ratios = margins(after, before), after.log_probs - before.log_probs
-    return {
-        "accuracy": float((margin > 0).mean()),
-        "margin": float(margin.mean()),
-        "chosen": float(ratios[:, 0].mean()),
-        "rejected": float(ratios[:, 1].mean()),
-        "likelier": after.accuracy,
-        "likelier_before": before.accuracy,
-    }
+    """{part/name: value} of the first `SEEN` pairs of the training part and of all `held_out`: share with
+    a margin above 0, mean margin, how far each answer moved (nats), share whose chosen answer is likelier."""
+    base, found = smollm2_layers(config.layers), {}
+    (train, kept), (of_train, of_kept) = of_setting(config)
+    seen = {name: rows[:SEEN] for name, rows in train.items()}
+    of_seen = Answered(of_train.log_probs[:SEEN], of_train.tokens[:SEEN])
+    for part, rows, before in (("seen", seen, of_seen), ("held_out", kept, of_kept)):
+        after = answered(base.model, params, rows)
+        margin, ratios = margins(after, before), after.log_probs - before.log_probs
+        found |= {
+            f"{part}/accuracy": float((margin > 0).mean()),
+            f"{part}/margin": float(margin.mean()),
+            f"{part}/chosen": float(ratios[:, 0].mean()),
+            f"{part}/rejected": float(ratios[:, 1].mean()),
+            f"{part}/likelier": after.accuracy,
+            f"{part}/likelier_before": before.accuracy,
+        }
+    return found
