@@ -60,15 +60,16 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     return preference_pairs.moved(config, params)
 
 
+MEASURES = {
+    "right sign": "accuracy",
+    "margin": "margin",
+    "chosen": "chosen",
+    "rejected": "rejected",
+}
 COLUMNS = {
-    "seen: right sign": "seen/accuracy",
-    "margin": "seen/margin",
-    "chosen": "seen/chosen",
-    "rejected": "seen/rejected",
-    "held out: right sign": "held_out/accuracy",
-    "margin ": "held_out/margin",
-    "chosen ": "held_out/chosen",
-    "rejected ": "held_out/rejected",
+    f"{part}: {name}": f"{part.replace(' ', '_')}/{key}"
+    for part in ("seen", "held out")
+    for name, key in MEASURES.items()
 }
 
 
