@@ -14,7 +14,8 @@ def made_up(experiment):
     for number, overrides in enumerate(experiment.SWEEP):
         measured = {key: number + 0.25 for key in experiment.COLUMNS.values()}
         config = to_json(override(experiment.BASE, overrides))
-        rows.append({"id": str(number), "config": config, "metrics": measured})
+        row = {"id": str(number), "config": config, "metrics": measured}
+        rows.append(row | {"overrides": overrides, "seed": 0})
     return rows
 
 
@@ -35,10 +36,10 @@ def test_every_pair_loss_is_in_the_sweep():
 
 @pytest.mark.weights
 @pytest.mark.data
-@pytest.mark.parametrize(("bad_per_good", "good"), [(1, 8), (3, 3), (10, 1)])
+@pytest.mark.parametrize(("bad_per_good", "good"), [(1, 11), (3, 4), (10, 1)])
 def test_good_answers_are_left_out_and_bad_ones_kept(bad_per_good, good):
     train, held_out = preference_pairs.split(60, 36)
-    assert len(train) == 8 and len(held_out) == 36
+    assert len(train) == 11 and len(held_out) == 36
     table = kto_imbalance.answers(60, 36, 80, bad_per_good)
     assert np.count_nonzero(table["good"]) == good
-    assert np.count_nonzero(~table["good"]) == 8
+    assert np.count_nonzero(~table["good"]) == 11
