@@ -107,9 +107,9 @@ def kto(
     """Σ weights · KTO of single answers (`losses.kto`), λ_D = good_weight and λ_U = bad_weight.
 
     The batch holds rows as `data.judged` lays them out, good [P] and answer_weights [P]; the reference is
-    that of `preference`. z₀ is a mean over the rows that one call sees: all devices' of a mesh, but each
-    micro-batch has its own. ValueError for one row. Metrics over answers of non-zero weight: loss, z0 (nats), and the
-    log-ratio of good and of bad answers.
+    that of `preference`, and needed. z₀ is a mean over the rows that one call sees: all devices' of a mesh,
+    but each micro-batch has its own. ValueError for one row. Metrics over answers of non-zero weight: loss,
+    z0 (nats), and the log-ratio of good and of bad answers.
     """
 
     def objective(params: Params, context: Any, batch: Batch, rng: Array | None):

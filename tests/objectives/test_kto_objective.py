@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from judged_rows import INIT, MODEL, answers
 
 from research.objectives import answer_log_probs, kto
@@ -92,6 +93,15 @@ def test_a_live_reference_is_the_cached_one(policy, other):
     batch["reference"], _ = answer_log_probs(MODEL, other, batch)
     cached = GRADS(kto(MODEL), policy, None, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), live, cached)
+
+
+def test_devices_share_one_reference_point(policy, other):
+    batch = answers((True, False, True, True))
+    batch["reference"], _ = answer_log_probs(MODEL, other, batch)
+    wanted, _ = GRADS(kto(MODEL), policy, None, batch)
+    rows = NamedSharding(Mesh(np.array(jax.devices()[:4]), ("data",)), PartitionSpec("data"))
+    found, _ = GRADS(kto(MODEL), policy, None, jax.device_put(batch, rows))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
 
 
 def test_what_kto_cannot_do_without(policy):
