@@ -67,4 +67,4 @@ def calibrated_temperature(margins: np.ndarray, steps: int = 100) -> float:
     for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return 2 / (low + high)
+    return float(2 / (low + high))
