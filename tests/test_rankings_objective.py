@@ -9,8 +9,7 @@ from research.data.rankings import Ranking, order_rows, orders
 from research.losses.reward import ranked
 from research.models import decoder, heads
 from research.models.families.llama import llama
-from research.objectives import reward
-from research.objectives.rankings import order_scores, ranking
+from research.objectives import order_scores, ranking, reward
 
 MODEL = decoder.Decoder(llama(40, 1, 16, 2, 1, 32, head_size=8, tied=True, init_std=0.4))
 HEAD = heads.Head(1, init_std=1.0)

@@ -14,6 +14,7 @@ from research.objectives.preferences import (
     reward,
     token_preference,
 )
+from research.objectives.rankings import order_scores, ranking
 from research.objectives.supervised import choose, classify, next_token, regress
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "head_params",
     "kto",
     "next_token",
+    "order_scores",
     "preference",
     "project_with",
+    "ranking",
     "regress",
     "reward",
     "states",
