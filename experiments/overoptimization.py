@@ -3,13 +3,13 @@
 As in the paper the true reward is itself a model, the gold one: the first 8 layers of SmolLM2-135M-Instruct,
 trained on all 300 real English pairs. Proxies are its first 4 layers, trained on 16, 64 or 256 pairs of
 SmolLM2's own answers that the gold model labelled without noise. For 16 other short instructions of Alpaca 32
-answers are sampled once; best-of-n picks by a proxy, and proxy and gold reward of what is picked are
-estimated without bias for n = 1 ... 32 against KL = log n − (n − 1)/n. One row more picks by three proxies that differ in their
-seed, mean − variance between them (Coste et al. 2023, arXiv:2310.02743).
+answers are sampled once; best-of-n picks by a proxy, and proxy and gold reward of what is picked are estimated
+without bias for n = 1 ... 32 against KL = log n − (n − 1)/n. One row more picks by three proxies that differ
+in their seed, mean − variance between them (Coste et al. 2023, arXiv:2310.02743).
 
-Differs from the paper: best-of-n alone and n to 32 instead of 60,000, which is 2.5 nats of KL instead of 10; answers of
-40 tokens; a gold model that agrees with people little more than chance, which does not matter to what is
-measured. Rewards are less the mean of their prompt, in deviations within prompts, so that n = 1 is 0.
+Differs from the paper: best-of-n alone and n to 32 instead of 60,000, which is 2.5 nats of KL instead of 10; answers
+of 40 tokens; a gold model of 300 pairs, whose agreement with people matters to nothing measured here. Rewards
+are less the mean of their prompt, in deviations within prompts, so that n = 1 is 0.
 Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.overoptimization --sweep
 Expect: proxy reward far above the gold one, most of all with few pairs; gold reward that rises with n and
         with pairs, and falls behind what picking by the gold reward itself would give.
@@ -123,7 +123,8 @@ def scored(reward: Reward, prompts: Sequence[str], texts: np.ndarray) -> np.ndar
 
 @cache
 def judged(gold: Gold) -> tuple[list[str], np.ndarray, np.ndarray, list[tuple[str, Preference]]]:
-    """Prompts, their answers and the answers' gold scores [prompts, answers]; and pairs of answers to other prompts, labelled."""
+    """Prompts, their answers and the answers' gold scores [prompts, answers]; and pairs of answers to other
+    prompts, labelled."""
     prompts = asked(gold.prompts + gold.labelled_prompts)
     own, others = prompts[: gold.prompts], prompts[gold.prompts :]
     texts, told = (
