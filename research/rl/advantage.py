@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from research.losses import advantages as parts
@@ -36,6 +37,7 @@ class Estimator:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
 
+    @jax.jit(static_argnames=("self", "answers"))
     def __call__(
         self,
         rewards: Array,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -95,9 +96,14 @@ def lay_out(
 def statistics(rollout: Rollout) -> dict[str, float]:
     """What people look at: mean and spread of scores, length of answers, share that ended, KL from the
     reference an answer (k1), explained variance of the critic."""
-    mask = jnp.asarray(rollout.mask)
+    return {name: float(value) for name, value in jax.device_get(_statistics(rollout)).items()}
+
+
+@jax.jit
+def _statistics(rollout: Rollout) -> dict[str, Array]:
+    mask = rollout.mask
     kl = jnp.where(mask != 0, rollout.log_probs - rollout.reference, 0)
-    found = {
+    return {
         "score": rollout.scores.mean(),
         "score_deviation": rollout.scores.std(),
         "length": mask.sum(1).mean(),
@@ -106,7 +112,6 @@ def statistics(rollout: Rollout) -> dict[str, float]:
         "log_prob": masked_mean(rollout.log_probs, mask),
         "explained_variance": explained_variance(rollout.values, rollout.returns, mask),
     }
-    return {name: float(value) for name, value in found.items()}
 
 
 def save(rollout: Rollout, path: Path | str) -> None:
