@@ -9,7 +9,7 @@ token, how far the policy's log-probabilities moved, and an exam that the pairs 
 Differs from the paper: 135M parameters and 240 pairs instead of billions and 170,000; LoRA; answers are cut
 at `length` tokens with their prompt; pairs of one prompt each, so that what is learned is a taste common to
 prompts. 60 pairs have a standard error of 0.06.
-Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.dpo_benchmark --sweep
+Run:    .venv/bin/python -m experiments.dpo_benchmark --sweep
 Expect: margins of the right sign on well over half of the held-out pairs; a little of the exam lost or none.
 """
 

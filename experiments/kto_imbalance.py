@@ -9,7 +9,7 @@ margin, and how far chosen and rejected answers moved.
 Differs from the paper, which finds that 90 % of the good answers may be left out where weights are
 balanced: 135M parameters, 20 steps of 4 answers, one seed, answers cut at 96 tokens with their prompt.
 30 pairs have a standard error of 0.09.
-Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.kto_imbalance --sweep   (5 runs)
+Run:    .venv/bin/python -m experiments.kto_imbalance --sweep   (5 runs)
 Expect: without weights fewer good answers move both kinds of answers down; with them the chosen ones
         are held up, at a margin that falls with the number of good answers.
 """

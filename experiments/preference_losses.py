@@ -9,7 +9,7 @@ and how far log π moved from log π_ref of chosen and of rejected answers.
 Differs from the papers: 10 steps of 4 pairs, answers cut at 96 tokens with their prompt, one seed, no rate
 of its own for each loss. 30 pairs have a standard error of 0.09. f_dpo is the Jensen–Shannon one, since with
 the reverse KL it is DPO; BCO's threshold stays 0, as it would need a state.
-Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.preference_losses --sweep   (21 runs)
+Run:    .venv/bin/python -m experiments.preference_losses --sweep   (21 runs)
 Expect: losses with a term of the chosen answer alone (SLiC, CPO, ORPO, NCA, SPPO, APO-zero) keep it up, the
         others lower both answers; accuracies do not differ by more than their error.
 """
