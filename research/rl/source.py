@@ -159,8 +159,8 @@ def _collector(model, task, settings, reference, clock, chunk) -> Callable[..., 
         return np.asarray(by(theirs, batch).log_probs)
 
     def collect(params, context, rng, iteration, coefficient) -> Rollout:
-        drawn = _generator(settings.seed, iteration)
-        asked = [p for p in task.prompts(drawn, settings.prompts) for _ in range(settings.answers)]
+        drawn = prompts_of(task, settings.seed, iteration, settings.prompts)
+        asked = [prompt for prompt in drawn for _ in range(settings.answers)]
         with clock("generate"):
             transcripts, sampled = play(model, params, task, asked, sampling, rng)
         with clock("score"):
@@ -206,10 +206,10 @@ def _row(t: Transcript) -> tuple[list[int], list[int]]:
     return [*prompt, *t.ids], [*[0] * len(prompt), *t.chosen]
 
 
-def _generator(seed: int, iteration: int) -> np.random.Generator:
-    """Of an iteration's prompts: a stream apart from those that put data in order."""
+def prompts_of(task: Task, seed: int, iteration: int, count: int) -> list[list[int]]:
+    """An iteration's prompts, of a stream apart from those that put data in order."""
     key = np.array([seed & shuffle.MASK, PROMPTS + iteration], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key))
+    return task.prompts(np.random.Generator(np.random.Philox(key=key)), count)
 
 
 def _adapted(settings: Rollouts, state: dict, last_metrics: dict | None) -> dict[str, Any]:
