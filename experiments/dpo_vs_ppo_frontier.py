@@ -1,6 +1,6 @@
 """How much reward for how many nats from the reference?  Rafailov et al. 2023 (arXiv:2305.18290), Fig. 2 left.
 
-A synthetic task with a known reward (experiments/shared/known_reward.py). DPO learns from 2,048 pairs of
+A synthetic task with a known reward (experiments/shared/known_reward.py). DPO learns from 4,096 pairs of
 the reference's own answers, labelled by the reward with Bradley and Terry's noise; PPO gets the true reward for
 every answer that it samples, with a KL penalty. Each with four strengths β of staying near the reference. The
 line to compare with is the best there is, π ∝ π_ref exp(8 r / β), exact for the Markov chain that the reference
@@ -40,10 +40,10 @@ class Config:
 
     method: str = "dpo"
     beta: float = 0.1
-    pairs: int = 2048
+    pairs: int = 4096
     epochs: int = 2
-    iterations: int = 60
-    lr: float = 1e-3
+    iterations: int = 100
+    lr: float = 3e-4
     answers: int = 512
     seed: int = 0
 
