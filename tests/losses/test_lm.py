@@ -7,7 +7,12 @@ import pytest
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research.losses.lm import cross_entropy, fused_cross_entropy, token_log_probs
+from research.losses.lm import (
+    cross_entropy,
+    fused_cross_entropy,
+    token_log_probs,
+    token_log_probs_and_entropy,
+)
 
 B, T, D, V = 3, 11, 8, 50
 
@@ -276,3 +281,12 @@ def memory(function, trained):
 @pytest.mark.parametrize("trained,times", [(True, 2.5), (False, 10)])
 def test_memory_of_head_and_loss(trained, times):
     assert memory(plain, trained) >= times * memory(fused_cross_entropy, trained)
+
+
+def test_entropy_at_each_position(batch):
+    params, hidden, targets, weights = batch
+    own, entropy = token_log_probs_and_entropy(tied, params, hidden, targets, weights, chunk=4)
+    log_p = jax.nn.log_softmax(tied(params, hidden))
+    wanted = jnp.where(weights != 0, -(jnp.exp(log_p) * log_p).sum(-1), 0)
+    close(entropy, wanted, 1e-5)
+    close(own, token_log_probs(tied, params, hidden, targets, weights), 1e-6)
