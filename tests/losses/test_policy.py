@@ -1,12 +1,18 @@
 """Advantages and policy losses against loops, published vectors and limits."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from research.losses import advantages as adv
 from research.losses import policy
+
+TRL = Path(__file__).parent / "fixtures" / "ppo_loss.safetensors"
+NAMES = ("new_grad", "predicted_grad", "policy_loss", "value_loss")
 
 # The vectors that trl 0.11.4's algorithm gives (gamma 1, lambda 0.95).
 VALUES = jnp.array([[0.5, 0.2, -0.1, 0.3], [0.1, 0.4, 0.2, 9.0]])
@@ -150,3 +156,26 @@ def test_bad_clips():
     x = jnp.zeros((1, 1))
     with pytest.raises(ValueError, match=r"above 0 and dual_clip above 1, not 0\.0 and None"):
         policy.ppo(x, x, x, x, clip=0.0)
+
+
+def test_equals_an_older_trl():
+    """Values and gradients that trl 0.11.4's own functions gave (scripts/references/ppo_loss.py)."""
+    v = {k: jnp.asarray(x) for k, x in load_file(str(TRL)).items()}
+    advantages, returns = adv.gae(v["rewards"], v["values"], v["mask"], 0.99, 0.95)
+    white = adv.whiten(advantages, v["mask"])
+    np.testing.assert_allclose(white, v["advantages"], atol=2e-6)
+    np.testing.assert_allclose(returns, v["returns"], atol=2e-6)
+
+    def both(new, predicted):
+        of_policy, more = policy.ppo(new, v["old"], v["advantages"], v["mask"])
+        values = jnp.where(v["mask"] != 0, v["values"], 0)
+        of_values, others = policy.values(predicted, values, v["returns"], v["mask"])
+        return of_policy + 0.1 * of_values, (of_policy, of_values, more | others)
+
+    grads, found = jax.grad(both, (0, 1), has_aux=True)(v["new"], v["predicted"])
+    for ours, name in zip((*grads, *found[:2]), NAMES, strict=True):
+        np.testing.assert_allclose(ours, v[name], atol=2e-6)
+    for name in ("approximate_kl", "clip_fraction", "value_clip_fraction"):
+        np.testing.assert_allclose(found[2][name], v[name], atol=2e-6)
+    entropy = -(jax.nn.softmax(v["logits"]) * jax.nn.log_softmax(v["logits"])).sum(-1)
+    np.testing.assert_allclose(adv.masked_mean(entropy, v["mask"]), v["entropy"], atol=2e-6)
