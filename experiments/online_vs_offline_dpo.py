@@ -8,7 +8,8 @@ higher temperature or with a bonus for rare answers.
 
 Differs from the papers: a decoder of two layers, a rule as the judge, no noise.
 Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.online_vs_offline_dpo --sweep
-Expect: more reward the fresher the answers, at a greater KL; exploration changes little here.
+Expect: reward 0.7 to 0.8 offline, 0.99 iterative, 1 online, further from the reference in that order, all near one
+        curve of reward by KL; a higher temperature changes nothing, the bonus keeps the policy from the end.
 """
 
 from __future__ import annotations
