@@ -92,7 +92,7 @@ def train(config: Config) -> tuple[Params, np.ndarray]:
     fitted = fit(
         policy_gradient(MODEL, method.loss),
         rollout_source(MODEL, TASK, settings, keep=keep),
-        text_policy.start(TASK.size, config.seed, method.critic),
+        text_policy.start(MODEL, config.seed, method.critic),
         trpo(MODEL, iterations=5) if method.lr is None else AdamW(method.lr, weight_decay=0.0),
         Training(config.iterations * settings.steps, log_every=None, seed=config.seed),
     )
