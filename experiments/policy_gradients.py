@@ -13,7 +13,9 @@ the same for all, the mean cosine between gradients of −A log π of independen
 Differs from the papers: tiny task and model; GRPO without a reference and its KL; TRPO without a critic and with
 5 iterations of conjugate gradients. Adam's rate is 3e-3 for a step an iteration and 2e-3 for sixteen.
 Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.policy_gradients --sweep   (7 methods x 5 seeds)
-Expect: methods that use an iteration's answers several times far ahead of those that take one step.
+Expect: PPO alone solves the task with all seeds (0.97, after 5,900 answers); GRPO is as fast at first and then
+        unstable (0.54 to 0.96). Those that take one step stay at 0.75 or below: all digits and no end. Without a
+        baseline gradients hardly agree (0.16 for 0.65 to 0.70 with one), and learning is slow.
 """
 
 from __future__ import annotations
@@ -44,30 +46,47 @@ from research.types import Params
 TASK = copy()
 MODEL = text_policy.model(TASK.size)
 POINTS, BATCHES = 10, 16  # of a curve; whose gradients are compared
-ONCE = Loss("reinforce", entropy_weight=0.01, value_weight=0.5, value_clip=None)
-CLIPPED = dataclasses.replace(ONCE, kind="ppo")
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """`lr` None is TRPO's own step; `steps` (epochs, minibatches) of an iteration's answers."""
+    """`advantages`: a kind of `Estimator`; `clipped`: PPO's loss instead of −A log π; `lr` None is TRPO's own
+    step; `steps` (epochs, minibatches) of an iteration's answers."""
 
-    estimator: Estimator
-    loss: Loss = ONCE
+    advantages: str
+    whiten: bool = False
+    clipped: bool = False
     lr: float | None = 3e-3
     answers: int = 1
     steps: tuple[int, int] = (1, 1)
     critic: bool = False
 
+    @property
+    def loss(self) -> Loss:
+        kind = "ppo" if self.clipped else "reinforce"
+        return Loss(kind, entropy_weight=0.01, value_weight=0.5, value_clip=None)
 
+    def rollouts(self, batch: int, seed: int) -> Rollouts:
+        epochs, minibatches = self.steps
+        return Rollouts(
+            prompts=batch // self.answers,
+            answers=self.answers,
+            epochs=epochs,
+            minibatches=minibatches,
+            estimator=Estimator(self.advantages, whiten=self.whiten),
+            seed=seed,
+        )
+
+
+SEVERAL = {"clipped": True, "lr": 2e-3, "steps": (4, 4)}
 METHODS = {
-    "REINFORCE": Method(Estimator("reinforce")),
-    "with baseline": Method(Estimator("baseline", whiten=False)),
-    "actor–critic": Method(Estimator("gae", whiten=False), critic=True),
-    "RLOO": Method(Estimator("rloo"), answers=4),
-    "TRPO": Method(Estimator("baseline"), lr=None),
-    "PPO": Method(Estimator("gae", whiten=False), CLIPPED, 2e-3, steps=(4, 4), critic=True),
-    "GRPO": Method(Estimator("grpo"), CLIPPED, 2e-3, answers=4, steps=(4, 4)),
+    "REINFORCE": Method("reinforce"),
+    "with baseline": Method("baseline"),
+    "actor–critic": Method("gae", critic=True),
+    "RLOO": Method("rloo", answers=4),
+    "TRPO": Method("baseline", whiten=True, lr=None),
+    "PPO": Method("gae", critic=True, **SEVERAL),
+    "GRPO": Method("grpo", answers=4, **SEVERAL),
 }
 
 
@@ -84,7 +103,7 @@ class Config:
 def train(config: Config) -> tuple[Params, np.ndarray]:
     """The parameters, and the mean score of each iteration's answers."""
     method, scores = config.method, []
-    settings = rollouts(method, config.batch, config.seed)
+    settings = method.rollouts(config.batch, config.seed)
 
     def keep(iteration: int, rollout: Rollout) -> None:
         scores.append(float(rollout.scores.mean()))
@@ -97,18 +116,6 @@ def train(config: Config) -> tuple[Params, np.ndarray]:
         Training(config.iterations * settings.steps, log_every=None, seed=config.seed),
     )
     return fitted.params, np.array(scores)
-
-
-def rollouts(method: Method, batch: int, seed: int) -> Rollouts:
-    epochs, minibatches = method.steps
-    return Rollouts(
-        prompts=batch // method.answers,
-        answers=method.answers,
-        epochs=epochs,
-        minibatches=minibatches,
-        estimator=method.estimator,
-        seed=seed,
-    )
 
 
 @cache
@@ -127,7 +134,7 @@ def gradient(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
 
 def agreement(method: Method, params: Params, batch: int, seed: int) -> float:
     """Mean cosine between the gradients of independent batches of the same policy."""
-    settings = dataclasses.replace(rollouts(method, batch, seed), epochs=1, minibatches=1)
+    settings = dataclasses.replace(method.rollouts(batch, seed), epochs=1, minibatches=1)
     source, found = rollout_source(MODEL, TASK, settings), []
     state = source.init(jax.random.key(seed))
     for i in range(BATCHES):
