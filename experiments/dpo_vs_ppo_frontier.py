@@ -57,7 +57,7 @@ def run(config: Config, directory: Path) -> dict[str, float]:
         steps = config.iterations * made.steps
     else:
         loss = partial(dpo, beta=config.beta)
-        table = known_reward.offline_pairs(config.pairs, config.seed, noise=True)
+        table = known_reward.offline_pairs(config.pairs, config.seed)
         objective = preference(model, loss, reference=in_context())
         batches = source.pair_source(table, 64, config.seed)
         steps = config.epochs * config.pairs // 64

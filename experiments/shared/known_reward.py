@@ -21,7 +21,7 @@ from research.data.preferences import ExamplePair
 from research.data.supervised import shift
 from research.decode.sampling import Sampling
 from research.objectives import next_token
-from research.rl.online import pair_table
+from research.rl.online import example, pair_table
 from research.rl.play import play, scored
 from research.rl.policy import scorer, without_critic
 from research.rl.record import WHOLE, lay_out
@@ -66,7 +66,7 @@ def reference(steps: int = 300) -> Params:
             digits.append(int(rng.choice(DIGITS, p=chain()[digits[-1]])))
         rows.append(shift([ASK, *(DIGIT + d for d in digits)], [0.0, 0.0, *[1.0] * LENGTH]))
     model = text_policy.model(SIZE)
-    params = text_policy.start(SIZE, 0, critic=False)
+    params = text_policy.start(model, 0, critic=False)
     table = packing.pad(rows, LENGTH + 2)
     batches = source.supervised_source(table, 64, 0)
     done = fit(next_token(model), batches, params, AdamW(3e-3), Training(steps, log_every=None))
@@ -93,32 +93,28 @@ def measured(params: Params, count: int = 512, seed: int = 10_000) -> dict[str, 
     found, rewards = sampled(params, count, seed)
     rows = [([*t.prompt, *t.ids], [0] * len(t.prompt) + t.chosen) for t in found]
     laid = lay_out(rows, task().length, [[0.0] * LENGTH] * count)
-    batch = {name: laid[name] for name in (*WHOLE, "mask")}
-    score = scorer(text_policy.model(SIZE), 1.0)
+    batch = {name: laid[name] for name in (*WHOLE, "mask")} | {"temperature": np.float32(1)}
+    score = scorer(text_policy.model(SIZE))
     ours, theirs = (score(p, batch).log_probs for p in (without_critic(params), reference()))
     return {"reward": float(rewards.mean()), "kl": float((ours - theirs).sum(1).mean())}
 
 
-def offline_pairs(count: int, seed: int, noise: bool) -> packing.Table:
-    """`count` pairs of the reference's answers; the better one is the one of greater reward, or with
-    `noise` as Bradley and Terry have it with rewards times 8."""
+def offline_pairs(count: int, seed: int) -> packing.Table:
+    """`count` pairs of the reference's answers; which is the better one is drawn as Bradley and Terry have it
+    with rewards times 8."""
     asked = task().prompts(np.random.default_rng(seed), count)
     twice = [p for p in asked for _ in (0, 1)]
     sampling, rng = Sampling(max_tokens=LENGTH), jax.random.key(seed)
     found, _ = play(text_policy.model(SIZE), reference(), task(), twice, sampling, rng)
     rewards = scored(task(), found).reshape(-1, 2)
     gap = 8 * (rewards[:, 0] - rewards[:, 1])
-    luck = np.random.default_rng(seed + 1).random(count) if noise else 0.5
+    luck = np.random.default_rng(seed + 1).random(count)
     first = luck < 1 / (1 + np.exp(-gap))
     pairs = []
     for i, is_first in enumerate(first):
         both = (found[2 * i], found[2 * i + 1]) if is_first else (found[2 * i + 1], found[2 * i])
-        pairs.append(ExamplePair(*(_example(t) for t in both)))
+        pairs.append(ExamplePair(*map(example, both)))
     return pair_table(pairs, 2 * (task().length + 1))
-
-
-def _example(t: Transcript) -> Any:
-    return shift([*t.prompt, *t.ids], [0.0] * len(t.prompt) + [1.0] * len(t.ids))
 
 
 def trained(

@@ -41,23 +41,23 @@ def gae(
 ) -> tuple[Array, Array]:
     """(advantages, returns) of generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
 
-    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  returns = A + V. The mask of an episode is a run
-    of ones from its first step. Beyond its end V is 0: it is over; or `last_value` [B], the value of
-    the state where an episode was cut off.
+    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  returns = A + V. The steps of an episode are the
+    places of its mask, one after another: what an environment says in between is passed over. Beyond
+    the last of them V is 0: the episode is over; or `last_value` [B], the value of the state where it was
+    cut off.
     """
     real = mask != 0
     rewards, values = jnp.where(real, rewards, 0), jnp.where(real, values, 0)
-    following = jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
-    if last_value is not None:
-        last = real & ~jnp.concatenate([real[:, 1:], jnp.zeros_like(real[:, :1])], axis=1)
-        following = jnp.where(last, last_value[:, None], following)
-    deltas = jnp.where(real, rewards + gamma * following - values, 0)
+    end = jnp.zeros_like(values[:, 0]) if last_value is None else last_value
 
-    def back(carry: Array, delta: Array) -> tuple[Array, Array]:
-        advantage = delta + gamma * lam * carry
-        return advantage, advantage
+    def back(carry: tuple[Array, Array], step: tuple[Array, ...]):
+        (after, following), (reward, value, here) = carry, step
+        advantage = reward + gamma * following - value + gamma * lam * after
+        carry = jnp.where(here, advantage, after), jnp.where(here, value, following)
+        return carry, advantage
 
-    _, advantages = lax.scan(back, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
+    start = jnp.zeros_like(end), end.astype(values.dtype)
+    _, advantages = lax.scan(back, start, (rewards.T, values.T, real.T), reverse=True)
     advantages = jnp.where(real, advantages.T, 0)
     return advantages, jnp.where(real, advantages + values, 0)
 
@@ -82,15 +82,17 @@ def kl_estimate(policy: Array, reference: Array, kind: str = "k1") -> Array:
 
 
 def shaped_rewards(score: Array, kl: Array, mask: Array, coefficient: Array | float) -> Array:
-    """−β kl_t, and the answer's score [B] at its last token."""
+    """−β kl_t, and the answer's score [B] at the last token of its mask."""
     real = mask != 0
-    last = real & ~jnp.concatenate([real[:, 1:], jnp.zeros_like(real[:, :1])], axis=1)
-    return jnp.where(real, -coefficient * kl, 0) + jnp.where(last, score[:, None], 0)
+    left = jnp.cumsum(real[:, ::-1], axis=1)[:, ::-1]  # with this one
+    return jnp.where(real, -coefficient * kl, 0) + jnp.where(real & (left == 1), score[:, None], 0)
 
 
 def group_advantages(scores: Array, deviation: bool = True) -> Array:
     """GRPO (Shao et al. 2024, arXiv:2402.03300): scores [prompts, answers] less their group's mean and,
-    with `deviation`, over its sample standard deviation (plus 1e-4)."""
+    with `deviation`, over its sample standard deviation (plus 1e-4). ValueError for one answer a prompt."""
+    if scores.shape[-1] < 2:
+        raise ValueError("a group is 2 answers or more to a prompt")
     centred = scores - scores.mean(-1, keepdims=True)
     return centred / (scores.std(-1, ddof=1, keepdims=True) + 1e-4) if deviation else centred
 

@@ -21,20 +21,29 @@ from research.types import Array, Batch, Mean, Objective, Params
 
 
 def preference(
-    model: Any, loss: PairLoss, chunk: int | None = None, reference: Reference | None = None
+    model: Any,
+    loss: PairLoss,
+    chunk: int | None = None,
+    reference: Reference | None = None,
+    reference_free: bool = False,
 ) -> Objective:
     """Σ weights · loss of pairs of answers (`losses.preference`).
 
     The batch holds tokens, targets, weights, segment_ids and positions [P, T] as `data.preferences`
     lays pairs out, and pair_weights [P]. The reference's log-probabilities of both answers are the batch's
     `reference` [P, 2] (`answer_log_probs`), or those of a live `reference` (`objectives.reference`); a loss
-    that looks at none needs neither. Metrics over pairs of non-zero weight: loss, accuracy
+    that looks at none (SimPO, ORPO, CPO, SLiC) may have neither when `reference_free` says so. Metrics over pairs of non-zero weight: loss, accuracy
     (margin above 0), margin of log-ratios, and the two log-probabilities, chosen and rejected.
     """
 
     def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
         sums, tokens = answer_log_probs(model, params, batch, rng, chunk)
         theirs = reference_log_probs(model, params, context, batch, chunk, reference)
+        if theirs is None and not reference_free:
+            raise ValueError(
+                "there is no reference: put its log-probabilities into the batch as `reference`, name a live "
+                "one, or say reference_free for a loss that looks at none"
+            )
         theirs = jnp.zeros_like(sums) if theirs is None else theirs
         pairs = Pairs(*sums.T, *theirs.T, *tokens.T)
         return _weighed(loss(pairs), pairs, batch["pair_weights"])

@@ -37,6 +37,8 @@ def in_context(other: Any = None) -> Reference:
     """
 
     def reference(model: Any, params: Params, context: Any) -> tuple[Any, Params]:
+        if not isinstance(context, dict) or "reference" not in context:
+            raise ValueError("the reference's parameters are wanted as context['reference']")
         theirs = context["reference"]
         found, wanted = row_count(theirs["embed"]["table"]), row_count(params["embed"]["table"])
         if found != wanted:

@@ -113,13 +113,25 @@ def control_source(
     keep: Callable[[int, np.ndarray], None] | None = None,
 ) -> Source:
     """Minibatches for `control_objective` from `settings.rows` episodes an iteration. `keep` gets the
-    number of each iteration and its returns [B]."""
+    number of each iteration and its returns [B]. ValueError for settings that only answers of text have."""
+    plain = Rollouts()
+    for name in (
+        "kl",
+        "target_kl",
+        "stop_kl",
+        "lr_kl",
+        "whiten_rewards",
+        "missing_end",
+        "temperature",
+    ):
+        if getattr(settings, name) != getattr(plain, name):
+            raise ValueError(f"episodes of control have no {name}")
     environments = [make() for _ in range(settings.rows)]
     width = environments[0].observation_space.shape[0]
 
     def init(rng: Array) -> dict[str, Any]:
         shape = (settings.rows, limit)
-        names = ("mask", "rewards", "log_probs", "reference", "values", "advantages", "returns")
+        names = ("mask", "rewards", "log_probs", "values", "advantages", "returns")
         rollout = {name: np.zeros(shape, np.float32) for name in names}
         rollout |= {"observations": np.zeros((*shape, width), np.float32)}
         rollout |= {"actions": np.zeros(shape, np.int32)}
@@ -153,6 +165,6 @@ def _collect(model, params, environments, settings, limit, iteration, rng):
     advantages, returns = settings.estimator(
         jnp.asarray(rewards), said.values, batch["mask"], settings.answers, jnp.asarray(last_value)
     )
-    more = dict(log_probs=said.log_probs, reference=said.log_probs, values=said.values)
+    more = dict(log_probs=said.log_probs, values=said.values)
     more |= dict(advantages=np.asarray(advantages), returns=np.asarray(returns))
     return batch | more, rewards.sum(1)

@@ -9,6 +9,7 @@ What differs between REINFORCE, actor–critic, RLOO, GRPO and PPO beyond this i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from jax import lax
 from research.losses import policy as losses
 from research.losses.advantages import kl_estimate, masked_mean
 from research.objectives import next_token
-from research.rl.policy import Said, said
+from research.rl.policy import Said, said, without_critic
 from research.types import Array, Batch, Mean, Objective, Params
 
 EDGES = (0.8, 0.9, 1.1, 1.2)  # of the histogram of ratios
@@ -39,26 +40,28 @@ class Loss:
     kl_weight: float = 0.0
     kl_kind: str = "k3"
     pretrain_weight: float = 0.0
-    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in ("ppo", "reinforce"):
+            raise ValueError(f"a policy loss is 'ppo' or 'reinforce', not {self.kind!r}")
+        kl_estimate(jnp.zeros(1), jnp.zeros(1), self.kl_kind)  # says which kinds there are
 
 
 def policy_gradient(model: Any, loss: Loss = Loss(), chunk: int | None = None) -> Objective:
     """The objective of a batch of `research.rl.source`: tokens, targets, segment_ids, mask, log_probs,
-    reference, values, advantages, returns and weights [B, T], the weights the mask over its sum in the
-    whole step; pretrain_{tokens, targets, weights, ...} where there are such rows; scalars whose name
+    values, advantages, returns and weights [B, T], the weights the mask over its sum in the whole step;
+    `reference` where there is one; the temperature of sampling; pretrain_{tokens, targets, weights, ...} where there are such rows; scalars whose name
     begins with rollout/, which are reported as they are.
     """
     of_language = next_token(model, chunk=chunk)
 
     def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
-        found = said(model, params, batch, loss.temperature, rng, chunk)
+        # Without dropout: the old log-probabilities were taken without it.
+        found = said(model, params, batch, batch["temperature"], None, chunk)
         total, metrics = terms(found, batch, loss)
         rest = {k.removeprefix("pretrain_"): v for k, v in batch.items() if k[:9] == "pretrain_"}
         if rest:
-            policy = {
-                name: leaf for name, leaf in params.items() if name not in ("value", "critic")
-            }
-            value, more = of_language(policy, context, rest, rng)
+            value, more = of_language(without_critic(params), context, rest, rng)
             total += loss.pretrain_weight * value
             metrics["pretrain_loss"] = more["loss"]
         return total, metrics
@@ -83,12 +86,15 @@ def terms(found: Said, batch: Batch, loss: Loss) -> tuple[Array, dict[str, Mean]
     values, of_values = losses.values(
         found.values, batch["values"], batch["returns"], mask, loss.value_clip
     )
-    kl = masked_mean(kl_estimate(found.log_probs, batch["reference"], loss.kl_kind), mask)
     entropy = masked_mean(found.entropy, mask)
-    total = value + loss.value_weight * values - loss.entropy_weight * entropy + loss.kl_weight * kl
-    ratio = jnp.exp(jnp.clip(found.log_probs - batch["log_probs"], -20, 20))
-    more |= of_values | {"policy_loss": value, "entropy": entropy, "reference_kl": kl}
-    more |= histogram(lax.stop_gradient(ratio), mask)
+    total = value + loss.value_weight * values - loss.entropy_weight * entropy
+    more |= of_values | {"policy_loss": value, "entropy": entropy}
+    if "reference" in batch:
+        kl = masked_mean(kl_estimate(found.log_probs, batch["reference"], loss.kl_kind), mask)
+        total, more = total + loss.kl_weight * kl, more | {"reference_kl": kl}
+    elif loss.kl_weight:
+        raise ValueError("kl_weight needs a reference policy: give one to the source")
+    more |= histogram(lax.stop_gradient(found.log_probs - batch["log_probs"]), mask)
     # A micro-batch's share of the step: means over all tokens come out of adding.
     share = batch["weights"].sum()
     metrics = {name: Mean(x * count, count) for name, x in lax.stop_gradient(more).items()}
@@ -99,11 +105,11 @@ def terms(found: Said, batch: Batch, loss: Loss) -> tuple[Array, dict[str, Mean]
     return share * total, metrics
 
 
-def histogram(ratio: Array, mask: Array) -> dict[str, Array]:
-    """Shares of tokens by their ratio π/π_old."""
-    edges = (-jnp.inf, *EDGES, jnp.inf)
+def histogram(difference: Array, mask: Array) -> dict[str, Array]:
+    """Shares of tokens by their ratio π/π_old, from the difference of log-probabilities."""
+    edges = (-jnp.inf, *map(math.log, EDGES), jnp.inf)
     names = ["below 0.8", "0.8 to 0.9", "0.9 to 1.1", "1.1 to 1.2", "above 1.2"]
-    inside = [(ratio >= a) & (ratio < b) for a, b in pairwise(edges)]
+    inside = [(difference >= a) & (difference < b) for a, b in pairwise(edges)]
     return {
         f"ratio/{name}": masked_mean(x.astype(jnp.float32), mask)
         for name, x in zip(names, inside, strict=True)

@@ -19,7 +19,7 @@ import numpy as np
 from research.data import shuffle
 from research.data.packing import Table
 from research.data.preferences import ExamplePair, pair_rows
-from research.data.supervised import shift
+from research.data.supervised import Example, shift
 from research.decode.sampling import Sampling
 from research.rl.play import play, scored
 from research.rl.source import prompts_of
@@ -47,9 +47,12 @@ class Judged:
     def __post_init__(self):
         if self.answers < 2:
             raise ValueError(f"a pair needs 2 answers to a prompt or more, not {self.answers}")
-        if self.minibatch > self.prompts:
+        for name in ("minibatch", "refresh"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.prompts % self.minibatch:
             raise ValueError(
-                f"there are {self.prompts} pairs, fewer than a minibatch's {self.minibatch}"
+                f"{self.prompts} pairs do not split into minibatches of {self.minibatch}"
             )
 
 
@@ -90,7 +93,7 @@ def _answered(model, params, task, settings, sampling, asked, rng):
     best, worst = judged.argmax(1), judged.argmin(1)
     first = np.arange(len(asked)) * settings.answers
     pairs = [
-        ExamplePair(*(_example(found[i]) for i in both))
+        ExamplePair(*(example(found[i]) for i in both))
         for both in zip(first + best, first + worst, strict=True)
     ]
     differ = (judged.max(1) > judged.min(1)).astype(np.float32)
@@ -103,7 +106,8 @@ def pair_table(pairs: Sequence[ExamplePair], length: int) -> Table:
     return {name: np.asarray(table[name]) for name in PAIR_FIELDS}
 
 
-def _example(t: Transcript):
+def example(t: Transcript) -> Example:
+    """The policy's own tokens weigh 1."""
     prompt = visible(t.prompt)
     return shift([*prompt, *t.ids], [*[0.0] * len(prompt), *map(float, t.chosen)])
 

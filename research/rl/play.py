@@ -17,9 +17,12 @@ from research.rl.policy import without_critic
 from research.rl.tasks import Task, Transcript, visible
 from research.types import Array, Params
 
+FIRST = "generate"  # the phase that an iteration begins with
+
 
 class Clock:
-    """Seconds by phase. What is between two phases of a source is the training step: 'update'."""
+    """Seconds by phase, and of what is between two iterations of phases: the training steps, 'update'. The
+    steps after the last iteration are not counted."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -28,7 +31,7 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        if self._left is not None:
+        if self._left is not None and phase == FIRST:
             self._add("update", start - self._left)
         self._left = None
         try:
@@ -78,13 +81,10 @@ def play(
             if not done[i]:
                 found[i] = _after(found[i], ids, task)
                 log_probs[i] += said.log_probs[i, : len(ids)].tolist()
-        if turn + 1 < task.turns:
-            for i, t in enumerate(found):
-                reply = None if done[i] else task.reply(t)
-                done[i] = reply is None
-                if reply is not None:
-                    ids, chosen = [*t.ids, *reply], [*t.chosen, *[0] * len(reply)]
-                    found[i] = Transcript(t.prompt, ids, chosen, t.ended)
+        for i, t in enumerate(found):
+            if task.reply is not None and not done[i]:
+                found[i] = _answered(t, task.reply(t), turn + 1 == task.turns)
+                done[i] = found[i].ended
     return found, log_probs
 
 
@@ -92,6 +92,14 @@ def _after(t: Transcript, ids: list[int], task: Task) -> Transcript:
     chosen = [*t.chosen, *[1] * len(ids)]
     ended = bool(ids) and ids[-1] in task.stop_ids
     return Transcript(t.prompt, [*t.ids, *ids], chosen, ended)
+
+
+def _answered(t: Transcript, reply: list[int] | None, last: bool) -> Transcript:
+    """With what the environment says; nobody hears what it says after the last turn."""
+    if reply is None:
+        return t._replace(ended=True)
+    more = [] if last else reply
+    return t._replace(ids=[*t.ids, *more], chosen=[*t.chosen, *[0] * len(more)])
 
 
 def scored(task: Task, transcripts: Sequence[Transcript]) -> np.ndarray:

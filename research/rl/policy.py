@@ -48,7 +48,7 @@ def said(
     model: Any,
     params: Params,
     batch: Batch,
-    temperature: float = 1.0,
+    temperature: float | Array = 1.0,
     rng: Array | None = None,
     chunk: int | None = None,
 ) -> Said:
@@ -78,28 +78,19 @@ def _values(value: Params, hidden: Array) -> Array:
     return (hidden.astype(jnp.float32) @ value["kernel"] + value["bias"])[..., 0]
 
 
-def _tempered(model: Any, temperature: float) -> Callable[[Params, Array], Array]:
-    if not temperature > 0:
-        raise ValueError(
-            f"a policy that learns is sampled at a temperature above 0, not {temperature}"
-        )
-    return _Tempered(model, temperature)
+def _tempered(model: Any, temperature: float | Array) -> Callable[[Params, Array], Array]:
+    """`project_with` at a temperature, divided in float32 as the sampler does."""
+
+    def project(head: Params, hidden: Array) -> Array:
+        return project_with(model, head, hidden).astype(jnp.float32) / temperature
+
+    return project
 
 
-class _Tempered(NamedTuple):
-    """`project_with` at a temperature; hashable, as the chunked losses want it."""
-
-    model: Any
-    temperature: float
-
-    def __call__(self, head: Params, hidden: Array) -> Array:
-        return project_with(self.model, head, hidden) / self.temperature
+def scorer(model: Any, chunk: int | None = None) -> Callable[..., Said]:
+    """`said` without dropout at the batch's `temperature`, compiled: (params, batch) -> Said."""
+    return jax.jit(partial(_score, model, chunk))
 
 
-def scorer(model: Any, temperature: float, chunk: int | None = None) -> Callable[..., Said]:
-    """`said` without dropout, compiled: (params, batch) -> Said."""
-    return jax.jit(partial(_score, model, temperature, chunk))
-
-
-def _score(model, temperature, chunk, params, batch) -> Said:
-    return said(model, params, batch, temperature, None, chunk)
+def _score(model: Any, chunk: int | None, params: Params, batch: Batch) -> Said:
+    return said(model, params, batch, batch["temperature"], None, chunk)

@@ -59,6 +59,10 @@ class Rollout:
         return Rollout(**{name: value[items] for name, value in vars(self).items()})
 
 
+STATISTICS = (
+    *("score", "score_deviation", "length", "ended", "kl", "log_prob"),
+    "explained_variance",
+)
 PER_ANSWER = ("scores", "ended")
 WHOLE = ("tokens", "targets", "segment_ids")
 
@@ -83,10 +87,10 @@ def lay_out(
     found |= {name: np.zeros((B, length), np.float32) for name in ("mask", "sampled")}
     for row, (ids, chosen) in enumerate(rows):
         n = len(ids) - 1
-        if n > length or chosen[0]:
-            raise ValueError(
-                f"row {row}: {n + 1} tokens, of which the first must be a prompt's, in {length + 1}"
-            )
+        if n < 0 or chosen[0]:
+            raise ValueError(f"row {row} begins with no token of a prompt")
+        if n > length:
+            raise ValueError(f"row {row} has {n + 1} tokens, more than the {length + 1} of a row")
         found["tokens"][row, :n], found["targets"][row, :n] = ids[:-1], ids[1:]
         found["segment_ids"][row, :n], found["mask"][row, :n] = 1, chosen[1:]
         found["sampled"][row, :n][np.asarray(chosen[1:]) == 1] = sampled[row]

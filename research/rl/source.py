@@ -82,6 +82,13 @@ class Rollouts:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.rows % self.minibatches:
             raise ValueError(f"{self.rows} rows do not split into {self.minibatches} minibatches")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"a policy that learns is sampled at a temperature above 0, not {self.temperature}"
+            )
+        if self.target_kl is not None and not self.kl > 0:
+            raise ValueError("a coefficient that is adapted to target_kl begins above 0: give kl")
+        kl_estimate(np.zeros(1), np.zeros(1), self.kl_kind)  # says which kinds there are
         if self.answers == 1 and self.estimator.kind in ("rloo", "grpo"):
             raise ValueError(
                 f"{self.estimator.kind} compares answers to one prompt: take 2 or more"
@@ -107,8 +114,8 @@ def rollout_source(
     clock: Clock | None = None,
     chunk: int | None = None,
 ) -> Source:
-    """Minibatches for `research.rl.objective`. Without a `reference` the reference is the policy that
-    sampled: the KL is 0. ValueError for a penalty without one."""
+    """Minibatches for `research.rl.objective`. Without a `reference` the KL in rewards is 0, and there is none
+    in the batch. ValueError for a penalty without one."""
     if reference is None and (settings.kl or settings.target_kl):
         raise ValueError("a KL penalty needs a reference policy")
     collect = _collector(model, task, settings, reference, clock or Clock(), chunk)
@@ -121,6 +128,7 @@ def rollout_source(
             "coefficient": np.full((), settings.kl, np.float32),
             "lr_scale": np.ones((), np.float32),
             "rollout": dict(vars(record.empty(settings.rows, task.length))),
+            "facts": dict.fromkeys(record.STATISTICS, np.float32(0)),
         }
 
     def next(state, params, context, rng, last_metrics):
@@ -130,13 +138,17 @@ def rollout_source(
             rollout = collect(params, context, rng, iteration, float(state["coefficient"]))
             if keep is not None:
                 keep(iteration, rollout)
+            facts = {k: np.float32(v) for k, v in record.statistics(rollout).items()}
             state |= {
                 "iteration": np.asarray(iteration, np.int32),
                 "place": np.zeros((), np.int32),
                 "rollout": dict(vars(rollout)),
-                "coefficient": _coefficient(settings, state, rollout),
+                "facts": facts,
+                "coefficient": _coefficient(settings, state["coefficient"], facts["kl"]),
             }
         batch = _minibatch(settings, state)
+        if reference is None:
+            del batch["reference"]
         step = int(state["step"])
         if pretraining is not None:
             batch |= {f"pretrain_{name}": v for name, v in pretraining(step).items()}
@@ -150,12 +162,12 @@ def _collector(model, task, settings, reference, clock, chunk) -> Callable[..., 
     sampling = Sampling(
         temperature=settings.temperature, max_tokens=task.max_tokens, stop_ids=task.stop_ids
     )
-    score = scorer(model, settings.temperature, chunk)
+    score = scorer(model, chunk)
     scores_of: dict[Any, Callable] = {}
 
     def of_reference(params: Params, context: Any, batch: Batch) -> np.ndarray:
         other, theirs = reference(model, without_critic(params), context)
-        by = scores_of.setdefault(other, scorer(other, settings.temperature, chunk))
+        by = scores_of.setdefault(other, scorer(other, chunk))
         return np.asarray(by(theirs, batch).log_probs)
 
     def collect(params, context, rng, iteration, coefficient) -> Rollout:
@@ -167,15 +179,13 @@ def _collector(model, task, settings, reference, clock, chunk) -> Callable[..., 
             scores = scored(task, transcripts)
         rows = [_row(t) for t in transcripts]
         batch = record.lay_out(rows, task.length, sampled)
+        read = batch | {"temperature": np.float32(settings.temperature)}
         with clock("rescore"):
-            said = jax.device_get(score(params, batch))
-            theirs = of_reference(params, context, batch) if reference else said.log_probs
+            said = jax.device_get(score(params, read))
+            theirs = of_reference(params, context, read) if reference else said.log_probs
         ended = np.array([t.ended for t in transcripts], np.float32)
-        # A game is over when it is over: only answers that were cut off lack an end.
-        cut = (1 - ended) if task.stop_ids else np.zeros_like(ended)
-        rewards = _rewards(
-            settings, scores - settings.missing_end * cut, said, theirs, batch, coefficient
-        )
+        fined = scores - settings.missing_end * (1 - ended)
+        rewards = _rewards(settings, fined, said, theirs, batch, coefficient)
         advantages, returns = settings.estimator(
             rewards, jnp.asarray(said.values), batch["mask"], settings.answers
         )
@@ -214,30 +224,24 @@ def prompts_of(task: Task, seed: int, iteration: int, count: int) -> list[list[i
 
 def _adapted(settings: Rollouts, state: dict, last_metrics: dict | None) -> dict[str, Any]:
     """What the last step's distance from the sampling policy decides."""
-    if not last_metrics or "approximate_kl" not in last_metrics or int(state["place"]) == 0:
+    if not last_metrics or "approximate_kl" not in last_metrics:
         return {}
     kl, found = float(last_metrics["approximate_kl"].value), {}
     if settings.stop_kl is not None and kl > settings.stop_kl:
         found["place"] = np.full((), settings.steps, np.int32)
-    if settings.lr_kl is not None:
-        scale = float(state["lr_scale"])
-        scale = (
-            scale / 1.5
-            if kl > 2 * settings.lr_kl
-            else scale * 1.5
-            if kl < settings.lr_kl / 2
-            else scale
-        )
-        found["lr_scale"] = np.asarray(np.clip(scale, 0.01, 10.0), np.float32)
+    # An iteration's first minibatch is the sampling policy's own: its 0 says nothing about the rate.
+    if settings.lr_kl is not None and int(state["place"]) > 1:
+        by = 1.5 if kl < settings.lr_kl / 2 else 1 / 1.5 if kl > 2 * settings.lr_kl else 1.0
+        found["lr_scale"] = np.float32(np.clip(state["lr_scale"] * by, 0.01, 10.0))
     return found
 
 
-def _coefficient(settings: Rollouts, state: dict, rollout: Rollout) -> np.ndarray:
+def _coefficient(settings: Rollouts, coefficient: np.ndarray, kl: float) -> np.ndarray:
+    """The next rollout's."""
     if settings.target_kl is None:
-        return state["coefficient"]
-    kl = record.statistics(rollout)["kl"]
+        return coefficient
     found = adaptive_coefficient(
-        float(state["coefficient"]), kl, settings.target_kl, settings.rows, settings.horizon
+        float(coefficient), float(kl), settings.target_kl, settings.rows, settings.horizon
     )
     return np.asarray(found, np.float32)
 
@@ -251,6 +255,10 @@ def _minibatch(settings: Rollouts, state: dict) -> Batch:
     rollout = Rollout(**state["rollout"])
     rows = {name: getattr(rollout, name)[items] for name in FIELDS}
     batch = normalise({**rows, "weights": rows["mask"]})
-    facts = {f"rollout/{name}": np.float32(v) for name, v in record.statistics(rollout).items()}
-    facts |= {"rollout/kl_coefficient": state["coefficient"], "rollout/lr_scale": state["lr_scale"]}
+    facts = {f"rollout/{name}": value for name, value in state["facts"].items()}
+    batch["temperature"] = np.float32(settings.temperature)
+    facts |= {
+        "rollout/next_coefficient": state["coefficient"],
+        "rollout/lr_scale": state["lr_scale"],
+    }
     return batch | facts

@@ -14,7 +14,7 @@ import numpy as np
 
 PAD, END, ASK = 0, 1, 2
 DIGIT = 3  # the id of digit d is DIGIT + d
-HIGHER, LOWER, RIGHT = 13, 14, 15
+HIGHER, LOWER = 13, 14
 
 
 class Transcript(NamedTuple):
@@ -77,7 +77,7 @@ def copy(digits: int = 3, kinds: int = 4) -> Task:
     )
 
 
-def count_up(last: int = 6, given: int = 1) -> Task:
+def count_up(last: int = 6) -> Task:
     """Go on counting to `last` from the digit of the prompt: 2 → 3 4 5 6."""
 
     def prompts(rng: np.random.Generator, count: int) -> list[list[int]]:
@@ -102,16 +102,17 @@ def add(most: int = 4) -> Task:
         a, b = (i - DIGIT for i in t.prompt[1:3])
         return float(t.answer == [DIGIT + a + b])
 
-    return Task(16, prompts, _each(score), 1.0, length=6, max_tokens=2)
+    return Task(16, prompts, _each(score), 1.0, length=5, max_tokens=2)
 
 
 def guess(numbers: int = 7, turns: int = 3) -> Task:
-    """Find a hidden number: after each guess the environment says HIGHER, LOWER or RIGHT.
+    """Find a hidden number: after a wrong guess the environment says HIGHER or LOWER.
 
     Score: 1 less a tenth for each guess that was wrong, 0 if it is never found. Halving finds any of
     7 numbers in 3 guesses, one in the first and two in the second, which no policy beats.
     """
-    best = float(np.mean([1 - 0.1 * (_depth(n, numbers) - 1) for n in range(numbers)]))
+    depths = [_depth(n, numbers) for n in range(numbers)]
+    best = float(np.mean([1 - 0.1 * (d - 1) if d <= turns else 0.0 for d in depths]))
     hidden = lambda t: -1 - t.prompt[1]  # noqa: E731
 
     def prompts(rng: np.random.Generator, count: int) -> list[list[int]]:

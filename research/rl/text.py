@@ -28,6 +28,8 @@ def text_task(
     evaluation. ValueError for two prompts of the same ids that were asked differently, and when more
     are drawn than there are.
     """
+    if not prompts:
+        raise ValueError("there are no prompts")
     asked = {}
     for text, ids in prompts:
         if asked.setdefault(tuple(ids), text) != text:

@@ -25,7 +25,6 @@ from research.types import Array, Batch, Params, PyTree
 def trpo(
     model: Any,
     max_kl: float = 0.01,
-    temperature: float = 1.0,
     damping: float = 0.1,
     iterations: int = 10,
     halvings: int = 10,
@@ -38,7 +37,7 @@ def trpo(
         return {"refused": jnp.zeros([], jnp.int32)}
 
     def update(grads, state, params=None, *, frozen, batch, **extra):
-        log_p = lambda p: _log_p(model, combine(p, frozen), batch, temperature)  # noqa: E731
+        log_p = lambda p: _log_p(model, combine(p, frozen), batch)  # noqa: E731
         old, mask = jax.lax.stop_gradient(log_p(params)), batch["mask"]
 
         def kl(p: Params) -> Array:
@@ -97,10 +96,10 @@ def _line_search(params, step, loss, kl, max_kl: float, halvings: int) -> Array:
     return jnp.where(fine, share, 0.0)
 
 
-def _log_p(model: Any, params: Params, batch: Batch, temperature: float) -> Array:
+def _log_p(model: Any, params: Params, batch: Batch) -> Array:
     """log π [B, T, V] in full: for small vocabularies."""
     hidden = states(model, params, batch)
-    logits = project_with(model, head_params(params), hidden) / temperature
+    logits = project_with(model, head_params(params), hidden) / batch["temperature"]
     return jax.nn.log_softmax(logits.astype(jnp.float32))
 
 

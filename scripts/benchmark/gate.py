@@ -1,8 +1,9 @@
 """Whether an attention kernel is right on this device, before anybody asks how fast it is.
 
     gate     bfloat16: errors of values and gradients at most 1.5 times those of the reference in bfloat16
-    exact    float32: errors at most 1e-5 of the largest number
-    steady   a second call gives the same bits: nothing depends on the order of programs
+             of their mean square; a kernel of ours gives the same bits a second time, so that nothing
+             depends on the order of programs
+    exact    float32, of a GPU's own kernels: errors at most 1e-5 of the largest number
 
 A kernel that takes every feature of the contract is given all of them at once.
 """

@@ -64,6 +64,20 @@ def test_without_discount_it_is_the_reward_to_go_less_the_value():
     np.testing.assert_allclose(advantages, jnp.where(MASK == 1, togo - VALUES, 0), atol=1e-6)
 
 
+def test_what_stands_between_the_steps_of_an_episode_does_not_count():
+    mask = jnp.array([[1, 0, 1, 0, 0, 1, 0]])
+    rewards = adv.shaped_rewards(jnp.array([0.8]), jnp.zeros((1, 7)), mask, 0.1)
+    np.testing.assert_allclose(rewards, [[0, 0, 0, 0, 0, 0.8, 0]], atol=1e-7)
+    values = jnp.where(mask == 1, 0.5, 7.0)
+    _, returns = adv.gae(rewards, values, mask, 1.0, 1.0)
+    np.testing.assert_allclose(returns, [[0.8, 0, 0.8, 0, 0, 0.8, 0]], atol=1e-6)
+    spread, _ = adv.gae(rewards, values, mask, 0.9, 0.8, jnp.array([2.0]))
+    dense, _ = adv.gae(
+        *(x[:, [0, 2, 5]] for x in (rewards, values, mask)), 0.9, 0.8, jnp.array([2.0])
+    )
+    np.testing.assert_allclose(spread[:, [0, 2, 5]], dense, atol=1e-6)
+
+
 def test_whitening_keeps_the_mean_where_asked_and_leaves_padding_at_zero():
     kept = adv.whiten(REWARDS, MASK, shift=False)
     assert kept[1, 3] == 0

@@ -8,7 +8,7 @@ import pytest
 from small_policy import MODEL, TASK, start
 
 from research.losses.preference import dpo
-from research.objectives import preference
+from research.objectives import answer_log_probs, preference
 from research.objectives.reference import in_context
 from research.rl.online import Judged, judged_source
 from research.train.loop import Training, fit
@@ -48,6 +48,8 @@ def test_with_a_bonus_the_rarer_of_them_is_preferred():
     settings = dataclasses.replace(SETTINGS, bonus=0.1)
     (batch,), _ = batches(TASK._replace(score=lambda ts: np.zeros(len(ts))), settings)
     assert (batch["pair_weights"] > 0).all()
+    sums, _ = answer_log_probs(MODEL, start(critic=False), batch)
+    assert (sums[:, 0] < sums[:, 1]).all()
 
 
 def test_pairs_stay_until_they_are_refreshed():
@@ -76,5 +78,7 @@ def test_online_dpo_raises_the_judges_score():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="2 answers"):
         Judged(answers=1)
-    with pytest.raises(ValueError, match="fewer than a minibatch"):
+    with pytest.raises(ValueError, match="do not split into"):
         Judged(prompts=2, minibatch=3)
+    with pytest.raises(ValueError, match="refresh must be at least 1"):
+        Judged(refresh=0)

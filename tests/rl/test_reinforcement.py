@@ -23,11 +23,11 @@ from research.train.loop import Training, fit
 from research.train.optim import AdamW
 from research.types import Mean, Source
 
-LOSS = Loss(temperature=0.7, entropy_weight=0.01)
+LOSS = Loss(entropy_weight=0.01)
 
 
-def train(steps, directory=None, stop_at=None, settings=SETTINGS, **more):
-    inner = source(settings, **more)
+def train(steps, directory=None, stop_at=None, objective=None):
+    inner = source()
 
     def next_batch(state, *rest):
         if int(state["step"]) == stop_at:
@@ -35,7 +35,7 @@ def train(steps, directory=None, stop_at=None, settings=SETTINGS, **more):
         return inner.next(state, *rest)
 
     return fit(
-        policy_gradient(MODEL, LOSS),
+        objective or policy_gradient(MODEL, LOSS),
         Source(inner.init, next_batch),
         start(),
         AdamW(1e-2, weight_decay=0.0),
@@ -58,9 +58,17 @@ def test_a_run_that_was_cut_off_in_an_epoch_goes_on_bitwise(tmp_path):
 
 def test_nothing_is_compiled_twice():
     train(5)
+    traced = []
+    counted = policy_gradient(MODEL, LOSS)
+
+    def objective(*args):
+        traced.append(1)
+        return counted(*args)
+
     before = read._cache_size(), advance._cache_size()
-    train(13)
+    train(13, objective=objective)
     assert (read._cache_size(), advance._cache_size()) == before
+    assert len(traced) == 1
 
 
 def test_an_iteration_has_each_row_once_an_epoch():
@@ -95,6 +103,8 @@ def test_the_learning_rate_follows_the_kl():
     settings = dataclasses.replace(SETTINGS, lr_kl=0.1)
     params, context, _, state = first(settings)
     made = source(settings)
+    _, state = made.next(state, params, context, jax.random.key(0), metrics(0.0))
+    assert state["lr_scale"] == 1  # the first minibatch is the sampling policy's own
     for kl, scale in ((0.3, 1 / 1.5), (0.1, 1.0), (0.01, 1.5)):
         batch, _ = made.next(state, params, context, jax.random.key(0), metrics(kl))
         assert batch["rollout/lr_scale"] == pytest.approx(scale)
@@ -121,10 +131,8 @@ def test_pretraining_rows_come_along():
     ids = np.tile(np.arange(8, dtype=np.int32), (2, 1))
     rows = {"tokens": ids, "targets": ids, "weights": np.full((2, 8), 1 / 16, np.float32)}
     params, context, batch, _ = first(pretraining=lambda step: rows)
-    one, more = policy_gradient(MODEL, Loss(temperature=0.7))(params, context, batch, None)
-    two, _ = policy_gradient(MODEL, Loss(temperature=0.7, pretrain_weight=2.0))(
-        params, context, batch, None
-    )
+    one, more = policy_gradient(MODEL, Loss())(params, context, batch, None)
+    two, _ = policy_gradient(MODEL, Loss(pretrain_weight=2.0))(params, context, batch, None)
     assert float(two - one) == pytest.approx(2 * float(more["pretrain_loss"].value), rel=1e-4)
 
 
@@ -146,7 +154,7 @@ def test_micro_batches_add_up():
 @pytest.mark.parametrize("kind", ["ppo", "reinforce"])
 def test_the_gradient_is_the_policy_gradient_at_first(kind):
     params, context, batch, _ = first(dataclasses.replace(SETTINGS, minibatches=1))
-    loss = Loss(kind, temperature=0.7, value_weight=0.0)
+    loss = Loss(kind, value_weight=0.0)
     ours = jax.grad(lambda p: policy_gradient(MODEL, loss)(p, context, batch, None)[0])(params)
 
     def by_hand(p):
@@ -176,18 +184,18 @@ def test_a_trust_region_step_stays_inside_and_lowers_the_loss():
     likes_low = TASK._replace(score=lambda ts: np.array([-np.mean(t.ids) for t in ts]))
     made = rollout_source(MODEL, likes_low, settings)
     batch, _ = made.next(made.init(jax.random.key(0)), params, None, jax.random.key(0), {})
-    loss = Loss(temperature=0.7, clip=1e6, value_weight=0.0)
+    loss = Loss(clip=1e6, value_weight=0.0)
 
     def value(p):
         return policy_gradient(MODEL, loss)(p, None, batch, None)[0]
 
-    rule = trpo.trpo(MODEL, max_kl=0.01, temperature=0.7)
+    rule = trpo.trpo(MODEL, max_kl=0.01)
     frozen = jax.tree.map(lambda x: None, params)
     step, state = jax.jit(lambda g, p: rule.update(g, rule.init(p), p, frozen=frozen, batch=batch))(
         jax.grad(value)(params), params
     )
     moved = optax.apply_updates(params, step)
-    old, new = (trpo._log_p(MODEL, p, batch, 0.7) for p in (params, moved))
+    old, new = (trpo._log_p(MODEL, p, batch) for p in (params, moved))
     kl = masked_mean((jnp.exp(old) * (old - new)).sum(-1), batch["mask"])
     assert 0.002 < kl <= 0.01 and value(moved) < value(params) and int(state["refused"]) == 0
 
@@ -212,6 +220,11 @@ def test_cartpole_gets_better():
         Training(4 * 12, log_every=None),
     )
     assert len(returns) == 12 and np.mean(returns[-3:]) > 1.5 * np.mean(returns[:3])
+
+
+def test_control_takes_no_settings_of_text():
+    with pytest.raises(ValueError, match="no kl"):
+        control.control_source(control.ActorCritic(2), lambda: None, Rollouts(kl=0.1), 10)
 
 
 def test_an_episode_that_is_cut_off_goes_on_in_the_critic():

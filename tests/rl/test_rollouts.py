@@ -31,9 +31,7 @@ def rollout(made):
 
 def test_the_first_minibatch_has_ratio_1(made):
     params, context, batch, _ = made
-    _, metrics = jax.jit(policy_gradient(MODEL, Loss(temperature=0.7)))(
-        params, context, batch, None
-    )
+    _, metrics = jax.jit(policy_gradient(MODEL, Loss()))(params, context, batch, None)
     assert float(metrics["ratio"].value) == 1.0
     assert float(metrics["clip_fraction"].value) == 0.0
     assert float(metrics["approximate_kl"].value) == 0.0
@@ -42,18 +40,16 @@ def test_the_first_minibatch_has_ratio_1(made):
 
 def test_another_temperature_is_found_out(made):
     params, context, batch, _ = made
-    _, metrics = jax.jit(policy_gradient(MODEL, Loss(temperature=1.0)))(
-        params, context, batch, None
-    )
+    other = batch | {"temperature": np.float32(1.0)}
+    _, metrics = jax.jit(policy_gradient(MODEL, Loss()))(params, context, other, None)
     assert abs(float(metrics["ratio"].value) - 1) > 1e-3
 
 
 def test_the_samplers_own_log_probabilities(made):
     params, _, _, state = made
     rows = Rollout(**state["rollout"])
-    again = scorer(MODEL, 1.0)(
-        params, {n: getattr(rows, n) for n in record.WHOLE} | {"mask": rows.mask}
-    )
+    read = {name: getattr(rows, name) for name in (*record.WHOLE, "mask")}
+    again = scorer(MODEL)(params, read | {"temperature": np.float32(1.0)})
     np.testing.assert_allclose(again.log_probs, rows.sampled, atol=1e-5)
 
 
@@ -106,14 +102,22 @@ def test_a_file_that_is_no_rollout(tmp_path):
         record.load(tmp_path / "x")
 
 
-def test_the_game_gives_the_environments_words_no_loss():
+def test_the_game_pays_once_and_its_words_have_no_loss():
     task = tasks.guess(3, 2)
-    _, _, _, state = first(dataclasses.replace(SETTINGS, answers=1), task=task)
-    rows = Rollout(**state["rollout"])
-    spoken = np.isin(rows.targets, [tasks.HIGHER, tasks.LOWER]) & (rows.segment_ids != 0)
-    assert not rows.mask[spoken & (np.arange(task.length) == 1)].any()
-    assert set(rows.mask.sum(1)) <= {1, 2}
-    assert (rows.tokens >= 0).all()
+    settings = dataclasses.replace(
+        SETTINGS, answers=1, prompts=16, kl=0.0, estimator=Estimator("gae", lam=1.0, whiten=False)
+    )
+    rows = Rollout(**first(settings, task=task)[3]["rollout"])
+    said = rows.mask == 1
+    assert (
+        not said[:, 1].any() and np.isin(rows.targets[:, 1], [0, tasks.HIGHER, tasks.LOWER]).all()
+    )
+    assert set(rows.mask.sum(1)) <= {1, 2} and (rows.tokens >= 0).all()
+    np.testing.assert_allclose(rows.rewards.sum(1), rows.scores, atol=1e-6)
+    assert (rows.scores > 0).any()
+    to_come = np.where(said, rows.scores[:, None], 0)
+    np.testing.assert_allclose(rows.returns, to_come, atol=1e-6)  # of all choices of the game
+    np.testing.assert_array_equal(rows.ended, rows.scores > 0)
 
 
 def test_the_critic_reads_its_own_trunk():
@@ -147,9 +151,24 @@ def test_what_settings_refuse():
     with pytest.raises(ValueError, match="no estimator"):
         Estimator("ga")
     with pytest.raises(ValueError, match="above 0"):
-        said(MODEL, start(), first()[2], temperature=0.0)
+        Rollouts(temperature=0.0)
+    with pytest.raises(ValueError, match="begins above 0"):
+        Rollouts(target_kl=1.0)
+    with pytest.raises(ValueError, match="one of k1"):
+        Rollouts(kl_kind="k4")
+    with pytest.raises(ValueError, match="'ppo' or 'reinforce'"):
+        Loss("grpo")
     with pytest.raises(ValueError, match="needs a reference"):
         rollout_source(MODEL, TASK, SETTINGS)
+
+
+def test_a_penalty_in_the_loss_needs_a_reference():
+    plain = dataclasses.replace(SETTINGS, kl=0.0)
+    made, params = rollout_source(MODEL, TASK, plain), start()
+    batch, _ = made.next(made.init(jax.random.key(0)), params, None, jax.random.key(0), {})
+    assert "reference" not in batch
+    with pytest.raises(ValueError, match="needs a reference"):
+        policy_gradient(MODEL, Loss(kl_weight=0.1))(params, None, batch, None)
 
 
 def test_best_scores_are_those_of_the_best_policy():
@@ -191,7 +210,10 @@ def test_halving_is_the_best_at_guessing():
 def test_the_clock_knows_the_phases():
     clock = Clock()
     first(clock=clock)
-    assert set(clock.seconds) == {"generate", "score", "rescore"} or "update" in clock.seconds
+    assert set(clock.seconds) == {"generate", "score", "rescore"}
+    with clock("generate"):
+        pass
+    assert clock.seconds["update"] > 0
     assert sum(clock.shares().values()) == pytest.approx(1)
 
 
