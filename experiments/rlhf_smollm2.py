@@ -8,8 +8,8 @@ arXiv:2203.02155; Ziegler et al. 2019, arXiv:1909.08593).
    most `tokens` tokens. A critic on the policy's states, GAE, a KL penalty to the model of step 1, which is the policy
    without its adapter. Rewards are in deviations of the answers before PPO.
 
-Measured on other instructions, before and after: both rewards, KL, length, and what is said. Where the time goes:
-`time/`, shares of PPO's.
+Measured on other instructions, before and after: both rewards, and what is said. KL and length are those of the last
+rollout, drawn while learning. Where the time goes: `time/`, shares of PPO's iterations.
 
 Differs from the paper: 135M parameters, 150 pairs a reward model, answers of `tokens` tokens, a few hundred
 answers in all, LoRA in every step, no pretraining mix (the objective has it).
@@ -230,11 +230,11 @@ def answers(base: hub.Pretrained, params: Params, prompts: list, config: Config)
 COLUMNS = {
     "reward": "reward/after",
     "held-out reward": "held_out/after",
-    "KL, nats an answer": "kl",
+    "KL of the last rollout": "kl",
     "reward in training, first": "learning/first",
     "last": "learning/last",
-    "tokens before": "length/before",
-    "after": "length/after",
+    "tokens, first": "length/before",
+    "tokens, last": "length/after",
 }
 
 

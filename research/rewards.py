@@ -74,7 +74,7 @@ def correct(
     """
     known = {prompt: read(truth) for prompt, truth in truths.items()}
     for prompt, truth in known.items():
-        if truth is None:
+        if truth is None or truth == "":
             raise ValueError(f"no answer can be read from {truths[prompt]!r}, of {_brief(prompt)}")
 
     def score(prompt: str, answer: str) -> float:

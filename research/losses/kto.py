@@ -31,12 +31,6 @@ class Answers:
         return self.policy - self.reference
 
 
-def mismatched(rows: Array) -> Array:
-    """Each answer's row moved to the next prompt: [B, ...] rotated by one. ValueError for B = 1."""
-    check_size(rows.shape[0])
-    return jnp.roll(rows, 1, axis=0)
-
-
 def check_size(batch_size: int) -> None:
     """ValueError for a batch of one, where an answer would meet its own prompt alone."""
     if batch_size < 2:
@@ -81,7 +75,7 @@ def balanced_weights(good: int, bad: int, ratio: float = 1.0) -> tuple[float, fl
     """
     if good < 1 or bad < 1:
         raise ValueError(f"KTO needs good and bad answers; there are {good} and {bad}")
-    if not 1 <= ratio <= 1.5:
-        raise ValueError(f"the ratio of weighted good to bad answers is in [1, 1.5], not {ratio}")
+    if not 1 <= ratio <= 4 / 3:
+        raise ValueError(f"the ratio of weighted good to bad answers is in [1, 4/3], not {ratio}")
     wanted = ratio * bad / good  # λ_D / λ_U
     return (wanted, 1.0) if wanted >= 1 else (1.0, 1 / wanted)

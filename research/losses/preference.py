@@ -144,7 +144,8 @@ def sppo(pairs: Pairs, beta: float = 0.1) -> Array:
 
 def aot_paired(pairs: Pairs, beta: float = 0.1, smoothing: float = 0.0) -> Array:
     """DPO on the sorted margins: the k-th greatest of the policy's against the k-th greatest of the
-    reference's (Melnyk et al. 2024, arXiv:2406.05882, for paired data)."""
+    reference's (Melnyk et al. 2024, arXiv:2406.05882, for paired data). Ranks are those within what is given:
+    pairs of a step must weigh alike, and none may be padding."""
     policy, reference = (
         pairs.chosen - pairs.rejected,
         pairs.reference_chosen - pairs.reference_rejected,

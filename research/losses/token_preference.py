@@ -109,7 +109,12 @@ def token_pairs(
     """
 
     def both(params: PyTree, hidden: Array) -> Array:
-        return jnp.concatenate(project(params, hidden), axis=-1)
+        policy, reference = project(params, hidden)
+        if policy.shape != reference.shape:
+            raise ValueError(
+                f"the policy has {policy.shape[-1]} logits and the reference {reference.shape[-1]}"
+            )
+        return jnp.concatenate([policy, reference], axis=-1)
 
     weights = (answers != 0).astype(jnp.float32)
     found = per_position(_statistics, both, params, hidden, targets, weights, chunk)

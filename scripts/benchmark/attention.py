@@ -166,12 +166,9 @@ def measure(names: Sequence[str], works: Sequence[Work], dtype: Any, repeats: in
         for work in works
     }
     jobs = {(work, n): (named(n), work) for work, chosen in for_each.items() for n in chosen}
-    found = {name: float("nan") for name in names}
-    for (work, name), spent in seconds(jobs, dtype, repeats):
-        found[name] = known(spent)
-        if name == for_each[work][-1]:
-            yield row(work, found, dtype)
-            found = {name: float("nan") for name in names}
+    times = {key: known(spent) for key, spent in seconds(jobs, dtype, repeats)}
+    for work in works:
+        yield row(work, {name: times.get((work, name), float("nan")) for name in names}, dtype)
 
 
 def row(work: Work, found: dict[str, float], dtype: Any) -> dict[str, Any]:
