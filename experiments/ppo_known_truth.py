@@ -8,16 +8,18 @@ from the policy have a mean return of 475 or more. Counted: answers, or steps of
 On `copy` one part at a time is taken away or changed: the clip, λ of the advantages, a penalty for
 leaving the untrained policy; on `guess` the weight of the entropy.
 
-Differs from the paper: tiny models; advantages on text are not whitened, since that makes the critic's noise
-great where nearly all answers are right; no clipping of values. `add` has digits up to 2.
+Differs from the paper: tiny models; advantages on text are not whitened (in trials runs that did came near the
+best and fell back); no clipping of values; Adam's ε is 1e-5. `add` has digits up to 2. That a run ends at
+the first evaluation that is good enough favours noisy evaluations, of which CartPole's is the only one.
 Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.ppo_known_truth --sweep   (40 runs)
-Expect: all five solved by every seed; the ablations slower.
+Expect: all five solved by every seed, the texts within 20,480 answers (means of 4,700 to 13,500), CartPole-v1
+        within 91,000 steps. Without the clip 1 of 3 seeds solves `copy`, with λ 0 none; λ 1 and the penalty
+        do no harm. With less entropy 2 of 3 solve `guess`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from matplotlib.figure import Figure
 
 from experiments.shared import text_policy
 from experiments.shared.cells import cells, markdown
+from experiments.shared.solved import STOP, Solved
 from research.objectives.reference import in_context
 from research.rl import control, tasks
 from research.rl.advantage import Estimator
@@ -38,9 +41,7 @@ from research.rl.source import Rollouts, rollout_source
 from research.runs import chain, main, param, product, results, zipped
 from research.train.loop import Training, fit
 from research.train.optim import AdamW
-from research.train.retention import Best
 from research.train.schedules import Linear
-from research.train.stopping import EarlyStopping
 from research.types import Objective, Params, Source
 
 TASKS = {
@@ -92,25 +93,7 @@ class Config:
     seed: int = 0
 
 
-class Solved:
-    """Evaluates until the wanted value is there. What was drawn gets more until then, and no more after it,
-    which is what ends the training."""
-
-    def __init__(self, measure: Callable[[Any], float], wanted: float):
-        self.measure, self.wanted = measure, wanted
-        self.drawn, self.best, self.after = 0, -np.inf, None
-
-    def __call__(self, params: Any) -> dict[str, float]:
-        value = self.measure(params)
-        self.best = max(self.best, value)
-        if self.after is None and value >= self.wanted:
-            self.after = self.drawn
-        unsolved = self.drawn if self.after is None else -1
-        return {"value": value, "unsolved_after": float(unsolved)}
-
-
 Parts = tuple[Objective, Source, Params, Solved]
-STOP = EarlyStopping(Best("unsolved_after", "highest"), patience=1)
 
 
 def run(config: Config, directory: Path) -> dict[str, float]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import policy_gradients, ppo_known_truth
-from experiments.ppo_known_truth import STOP, Solved
+from experiments.shared.solved import STOP, Solved
 from research.runs import override
 from research.runs.canonical import run_id, to_json
 from research.train.stopping import Waiting
