@@ -8,8 +8,8 @@ arXiv:2203.02155; Ziegler et al. 2019, arXiv:1909.08593).
    most `tokens` tokens. A critic on the policy's states, GAE, a KL penalty to the model of step 1, which is the policy
    without its adapter. Rewards are in deviations of the answers before PPO.
 
-Measured on other instructions, before and after: both rewards, and what is said. KL and length are those of the last
-rollout, drawn while learning. Where the time goes: `time/`, shares of PPO's iterations.
+Measured on other instructions, before and after: both rewards, and what is said; and of every rollout both rewards and
+the KL, which shows whether the reward is exploited. Where the time goes: `time/`, shares of PPO's iterations.
 
 Differs from the paper: 135M parameters, 150 pairs a reward model, answers of `tokens` tokens, a few hundred
 answers in all, LoRA in every step, no pretraining mix (the objective has it).
@@ -21,21 +21,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import cache
+import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.shared import reward_training, sft
+from experiments.shared import rlhf, sft
 from experiments.shared.cells import cells, markdown
-from experiments.shared.first_layers import smollm2_instruct, smollm2_layers
 from experiments.shared.reward_training import Recipe
+from experiments.shared.rlhf import Prompt
 from experiments.shared.samples import side_by_side
 from research import hub
-from research.data import corpora, preferences, shuffle
 from research.decode.generate import generate
 from research.decode.sampling import Sampling
 from research.objectives.reference import without_adapter
@@ -47,16 +45,16 @@ from research.rl.play import Clock
 from research.rl.policy import CRITIC, with_critic, without_critic
 from research.rl.record import Rollout
 from research.rl.source import Rollouts, rollout_source
-from research.rl.text import text_task
+from research.rl.tasks import Task
 from research.runs import main, param, results
-from research.tokenize import chat
 from research.train.loop import Training, fit
 from research.train.optim import AdamW
 from research.train.schedules import Cosine
 from research.types import Params
-from research.weights.base import merge
 
-SAMPLES = 4
+SAMPLES, SHOWN = 4, 12  # in the table of samples, and kept
+EACH = 8  # answers to each held-out instruction
+TIME = "time.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,104 +75,76 @@ class Config:
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """Of step 1; `seed` and `steps` are the run's."""
-
-    steps: int
-    seed: int
-    lr: float = 2e-4
-    warmup_steps: int = 2
-    batch_size: int = 4
-
-
-def encode(messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    return chat.encode_chat(smollm2_instruct().tokenizer, messages)
-
-
-@cache
-def halves() -> tuple[list, list]:
-    """The pairs, in two parts that share no prompt."""
-    rows = [(place, preferences.preference(row, place)) for place, row in corpora.preferences_en()]
-    return sft.split(rows, len(rows) // 2, key=lambda row: str(row[1].prompt))
-
-
-@cache
-def instructions(held_out: int) -> tuple[list, list]:
-    """(to learn with, held out): short instructions of Alpaca as (text, ids)."""
-    tokenizer = smollm2_instruct().tokenizer
-    rows = [row["instruction"] for _, row in corpora.alpaca_en() if not row["input"]]
-    short = list(dict.fromkeys(text for text in rows if len(text) < 80))
-    short = [short[i] for i in shuffle.permutation(0, 0, len(short))]
-    asked = [[{"role": "user", "content": text}] for text in short]
-    ids = [tokenizer.encode(chat.render(tokenizer, turn, True)) for turn in asked]
-    found = list(zip(short, ids, strict=True))
-    return found[held_out:], found[:held_out]
-
-
-def tuned(config: Config, directory: Path) -> hub.Pretrained:
-    """Step 1, on both halves' chosen answers."""
-    base = smollm2_layers(config.layers)
-    if not config.sft_steps:
-        return base
-    rows = [
-        (place, [*pair.prompt, {"role": "assistant", "content": pair.chosen}])
-        for place, pair in (*halves()[0], *halves()[1])
-    ]
-    params, rule = sft.with_lora(base.params, sft.LINEAR, config.rank, 2.0 * config.rank, 0)
-    table = sft.packed(rows, encode, 256)
-    done = sft.tune(base, params, rule, table, Tuning(config.sft_steps, 0), directory / "sft")
-    return dataclasses.replace(done, params=merge(done.params))
-
-
-@cache
-def judges(recipe: Recipe, layers: int) -> tuple[Reward, Reward]:
-    """Step 2: (the reward, the one that is never optimised)."""
-    base, cut = smollm2_layers(layers), reward_training.recent(encode, 64)
-    made = []
-    for seed, half in enumerate(halves()):
-        table = reward_training.rows(half, cut, 192)
-        params = reward_training.trained(base, table, recipe, seed, None)
-        made.append(reward_training.as_reward(base, params, cut, 192))
-    return made[0], made[1]
-
-
 def run(config: Config, directory: Path) -> dict[str, float]:
-    base = tuned(config, directory)
-    both = judges(config.recipe, config.reward_layers)
-    learn, kept = instructions(config.held_out)
-    texts = [text for text, _ in kept]
-    before = answers(base, base.params, kept, config)
-    scales = [(float(x.mean()), float(x.std()) + 1e-6) for x in (r(texts, before) for r in both)]
-    proxy, gold = (normalised(r, *scale) for r, scale in zip(both, scales, strict=True))
-    clock = Clock()
-    params = learned(config, base, task(base, learn, proxy, config), clock, directory)
-    after = answers(base, params, kept, config)
-    lines = [
-        {"prompt": p, "before": b, "after": a} for p, b, a in zip(texts, before, after, strict=True)
-    ]
-    (directory / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    first, last = (record.load(path) for path in ends(directory))
+    base = rlhf.tuned(config.sft_steps, config.rank, config.layers, directory)
+    both = rlhf.judges(config.recipe, config.reward_layers)
+    learn, kept = rlhf.instructions(config.held_out)
+    one = answers(base, base.params, kept, config.tokens, 1)
+    scales = [(float(x.mean()), float(x.std()) + 1e-6) for x in (r(*one) for r in both)]
+    judges = [normalised(r, *scale) for r, scale in zip(both, scales, strict=True)]
+    asked = rlhf.task(base, learn, judges[0], config.tokens)
+    params = learned(config, base, asked, directory)
+    found = {"before": answers(base, base.params, kept, config.tokens, EACH)}
+    found["after"] = answers(base, params, kept, config.tokens, EACH)
+    keep_samples(directory, found)
+    rollouts = [record.load(path) for path in sorted((directory / "rollouts").glob("*"))]
     return {
-        **compared("reward", proxy, texts, before, after),
-        **compared("held_out", gold, texts, before, after),
-        "learning/first": float(first.scores.mean()),
-        "learning/last": float(last.scores.mean()),
-        "kl": record.statistics(last)["kl"],
-        "length/before": record.statistics(first)["length"],
-        "length/after": record.statistics(last)["length"],
-        **{f"time/{phase}": share for phase, share in clock.shares().items()},
+        **compared(judges, found),
+        **probe(base, rollouts, learn, judges[1]),
+        "length/before": record.statistics(rollouts[0])["length"],
+        "length/after": record.statistics(rollouts[-1])["length"],
+        **{f"time/{k}": v for k, v in json.loads((directory / TIME).read_text()).items()},
     }
 
 
-def compared(name: str, reward: Reward, prompts: list, before: list, after: list) -> dict:
-    values = [float(reward(prompts, said).mean()) for said in (before, after)]
-    return {f"{name}/before": values[0], f"{name}/after": values[1]}
+def answers(
+    base: hub.Pretrained, params: Params, prompts: list[Prompt], tokens: int, each: int
+) -> tuple[list[str], list[str]]:
+    """(what was asked, `each` answers to every prompt), at temperature 1 and always with the same keys."""
+    sampling = Sampling(max_tokens=tokens, stop_ids=base.tokenizer.stop_ids)
+    asked, said = [], []
+    for number in range(each):
+        rng = jax.random.key(1 + number)
+        ids = [ids for _, ids in prompts]
+        found = generate(base.model, without_critic(params), ids, rng, sampling)
+        asked += [text for text, _ in prompts]
+        said += [base.tokenizer.decode(row) for row in found.rows()]
+    return asked, said
 
 
-def task(base: hub.Pretrained, prompts: list, reward: Reward, config: Config):
-    tokenizer, size = base.tokenizer, base.model.config.vocab_size
-    return text_task(size, prompts, tokenizer.decode, reward, config.tokens, tokenizer.stop_ids)
+def compared(judges: list[Reward], found: dict) -> dict[str, float]:
+    """Mean scores by both judges, and the standard error of the difference over prompts."""
+    values = {}
+    for name, judge in zip(("reward", "held_out"), judges, strict=True):
+        scores = {when: judge(*texts).reshape(EACH, -1).mean(0) for when, texts in found.items()}
+        values |= {f"{name}/{when}": float(x.mean()) for when, x in scores.items()}
+        gain = scores["after"] - scores["before"]
+        values[f"{name}/error"] = float(gain.std(ddof=1) / len(gain) ** 0.5)
+    return values
+
+
+def probe(base, rollouts: list[Rollout], prompts: list[Prompt], judge: Reward) -> dict[str, float]:
+    """Of every rollout: the reward that was optimised, what the held-out judge says, KL in nats an answer."""
+    values = {}
+    for number, rollout in enumerate(rollouts):
+        found = record.statistics(rollout)
+        held_out = float(judge(*rlhf.told(base, rollout, prompts)).mean())
+        for name, value in (
+            ("reward", found["score"]),
+            ("held_out", held_out),
+            ("kl", found["kl"]),
+        ):
+            values[f"probe/{number:02d}/{name}"] = value
+    return values
+
+
+def keep_samples(directory: Path, found: dict) -> None:
+    (asked, before), (_, after) = found["before"], found["after"]
+    lines = [
+        {"prompt": p, "before": b, "after": a}
+        for p, b, a in zip(asked[:SHOWN], before, after, strict=False)
+    ]
+    (directory / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def settings(config: Config) -> Rollouts:
@@ -189,8 +159,9 @@ def settings(config: Config) -> Rollouts:
     )
 
 
-def learned(config: Config, base: hub.Pretrained, asked, clock: Clock, directory: Path) -> Params:
-    """Step 3. Every rollout is kept in the run's directory."""
+def learned(config: Config, base: hub.Pretrained, asked: Task, directory: Path) -> Params:
+    """Step 3. Every rollout is kept in the run's directory, and where the time went."""
+    clock = Clock()
     params, rule = sft.with_lora(
         base.params, sft.LINEAR, config.rank, 2.0 * config.rank, config.seed
     )
@@ -203,7 +174,7 @@ def learned(config: Config, base: hub.Pretrained, asked, clock: Clock, directory
     made = settings(config)
     steps = config.iterations * made.steps
     source = rollout_source(base.model, asked, made, without_adapter, keep=keep, clock=clock)
-    return fit(
+    fitted = fit(
         policy_gradient(base.model, Loss(value_weight=0.5, entropy_weight=0.0)),
         source,
         params,
@@ -211,62 +182,58 @@ def learned(config: Config, base: hub.Pretrained, asked, clock: Clock, directory
         Training(steps, log_every=2, save_every=8, seed=config.seed, directory=directory),
         rule=((CRITIC, True), *rule),
         identity=config,
-    ).params
+    )
+    if clock.seconds or not (directory / TIME).exists():  # a run that was done has none
+        (directory / TIME).write_text(json.dumps(clock.shares()))
+    return fitted.params
 
 
-def ends(directory: Path) -> tuple[Path, Path]:
-    found = sorted((directory / "rollouts").glob("*.safetensors"))
-    return found[0], found[-1]
-
-
-def answers(base: hub.Pretrained, params: Params, prompts: list, config: Config) -> list[str]:
-    """One answer to each, at temperature 1, always with the same keys."""
-    sampling = Sampling(max_tokens=config.tokens, stop_ids=base.tokenizer.stop_ids)
-    ids = [ids for _, ids in prompts]
-    said = generate(base.model, without_critic(params), ids, jax.random.key(1), sampling)
-    return [base.tokenizer.decode(row) for row in said.rows()]
-
-
-COLUMNS = {
-    "reward": "reward/after",
-    "held-out reward": "held_out/after",
-    "KL of the last rollout": "kl",
-    "reward in training, first": "learning/first",
-    "last": "learning/last",
-    "tokens, first": "length/before",
-    "tokens, last": "length/after",
-}
+def quarters(row: results.Row, name: str) -> tuple[float, float]:
+    """Means over the first and the last quarter of the rollouts."""
+    values = [v for k, v in sorted(row["metrics"].items()) if re.fullmatch(rf"probe/\d+/{name}", k)]
+    size = max(1, len(values) // 4)
+    return float(np.mean(values[:size])), float(np.mean(values[-size:]))
 
 
 def table(rows: list[results.Row]) -> str:
-    """A line a seed, and where the time went."""
+    """Two lines a seed, and where the time went."""
     found = [row for group in cells(rows, BASE).values() for row in group.rows]
-    lines = [
-        [str(row["config"]["seed"]), *(f"{row['metrics'][key]:.2f}" for key in COLUMNS.values())]
-        for row in found
-    ]
+    lines = []
+    for row in found:
+        m = row["metrics"]
+        for name, label in (("reward", "the reward"), ("held_out", "the held-out one")):
+            gain = m[f"{name}/after"] - m[f"{name}/before"]
+            first, last = quarters(row, name)
+            shown = [f"{gain:+.2f} ± {m[f'{name}/error']:.2f}", f"{first:+.2f}", f"{last:+.2f}"]
+            lines.append([row["config"]["seed"], label, *shown, f"{quarters(row, 'kl')[1]:.1f}"])
     phases = [name for name in found[0]["metrics"] if name.startswith("time/")]
     spent = ", ".join(
         f"{name.removeprefix('time/')} {np.mean([row['metrics'][name] for row in found]):.0%}"
         for name in phases
     )
+    heads = ["seed", "judge", "gain on other instructions", "first quarter", "last", "KL, last"]
     return (
-        markdown(["seed", *COLUMNS], lines)
-        + "\nRewards are in deviations of the answers before PPO, whose mean is 0, on instructions that were "
-        + f"not learned with; one answer each. Shares of PPO's time: {spent}.\n"
+        markdown(heads, lines)
+        + "\nIn deviations of the answers before PPO. Gain: over instructions that were not learned with, "
+        + f"{EACH} answers to each, ± the standard error over instructions; quarters: of the rollouts, nats an "
+        + f"answer. Shares of PPO's time: {spent}.\n"
     )
 
 
 def figure(rows: list[results.Row]) -> Figure:
-    """Both rewards before and after."""
-    drawing = Figure(figsize=(4.5, 3), layout="constrained")
+    """Both judges over the rollouts, means of four."""
+    drawing = Figure(figsize=(5, 3), layout="constrained")
     axes = drawing.subplots()
     for row in rows:
         for name, colour in (("reward", "C0"), ("held_out", "C1")):
-            values = [row["metrics"][f"{name}/{when}"] for when in ("before", "after")]
-            axes.plot(["before", "after"], values, f"{colour}o-")
+            keys = sorted(k for k in row["metrics"] if re.fullmatch(rf"probe/\d+/{name}", k))
+            values = np.array([row["metrics"][k] for k in keys])
+            size = min(4, len(values))
+            smooth = np.convolve(values, np.full(size, 1 / size), "valid")
+            axes.plot(np.arange(len(smooth)) + (size + 1) / 2, smooth, colour, lw=1)
     axes.plot([], [], "C0", label="the reward")
     axes.plot([], [], "C1", label="the held-out one")
+    axes.set_xlabel("rollout")
     axes.set_ylabel("deviations")
     axes.legend(frameon=False)
     return drawing
