@@ -14,7 +14,8 @@ the KL, which shows whether the reward is exploited. Where the time goes: `time/
 Differs from the paper: 135M parameters, 150 pairs a reward model, answers of `tokens` tokens, a few hundred
 answers in all, LoRA in every step, no pretraining mix (the objective has it).
 Run:    .venv/bin/python -m experiments.rlhf_smollm2 --sweep
-Expect: the reward up by half a deviation and more at a KL of a few nats, the held-out one by less.
+Expect: the rollouts' reward up by one deviation and more at 2 to 3 nats an answer (seen in two runs, see the log);
+        the held-out one by less.
 """
 
 from __future__ import annotations
