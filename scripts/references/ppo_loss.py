@@ -1,8 +1,8 @@
 """Writes tests/losses/fixtures/ppo_loss.safetensors: trl 0.11.4's own PPO on random numbers.
 
     bash scripts/references.sh trl
-    .references/trl/bin/python -m pip download --no-deps -d /tmp/trl trl==0.11.4
-    .references/trl/bin/python scripts/references/ppo_loss.py /tmp/trl/trl-0.11.4-py3-none-any.whl
+    .references/trl/bin/python -m pip download --no-deps -d .references/older trl==0.11.4
+    .references/trl/bin/python scripts/references/ppo_loss.py .references/older/trl-0.11.4-py3-none-any.whl
 
 That release needs libraries of its time, so its trainer is not imported: the two methods and the helpers that they
 call are taken out of the wheel's files as they stand and run by themselves. Rewards are not whitened: that
