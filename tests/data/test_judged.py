@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from characters import encode
 
 from research.data.judged import Judged, answer_rows, answers, judged, split_pairs
 from research.data.preferences import Preference
@@ -11,16 +12,6 @@ from research.data.source import answer_source
 
 def asked(text):
     return [{"role": "user", "content": text}]
-
-
-def encode(messages):
-    """A token a character; a turn ends in 0. Assistant turns are learned."""
-    ids, mask = [], []
-    for message in messages:
-        turn = [ord(c) for c in message["content"]] + [0]
-        learned = message.get("loss_weight", 1.0) if message["role"] == "assistant" else 0.0
-        ids, mask = ids + turn, mask + [learned] * len(turn)
-    return np.array(ids), np.array(mask)
 
 
 def supervised(row, segment):

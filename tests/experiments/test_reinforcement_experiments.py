@@ -2,22 +2,11 @@
 
 import numpy as np
 import pytest
+from made_up import rows
 
 from experiments import policy_gradients, ppo_known_truth
 from experiments.shared.solved import STOP, Solved
-from research.runs import override
-from research.runs.canonical import run_id, to_json
 from research.train.stopping import Waiting
-
-
-def rows(experiment, metrics):
-    found = []
-    for point in experiment.SWEEP:
-        config = override(experiment.BASE, point)
-        name = experiment.__name__.rpartition(".")[2]
-        row = {"id": run_id(name, config), "config": to_json(config), "overrides": to_json(point)}
-        found.append(row | {"metrics": metrics(config)})
-    return found
 
 
 @pytest.mark.parametrize("values, after", [([1, 2, 9, 0], 30), ([9, 1], 10), ([1, 2, 3], None)])

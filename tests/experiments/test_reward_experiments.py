@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from made_up import rows
 
 from experiments import overoptimization, reward_model
 from experiments.shared import reward_training
@@ -12,8 +13,6 @@ from research.evaluate.reward_models import pair_scores
 from research.hub.pretrained import Pretrained
 from research.models import decoder
 from research.models.families.llama import llama
-from research.runs import override
-from research.runs.canonical import run_id, to_json
 
 
 def encode(messages):
@@ -71,16 +70,6 @@ def test_scores_within_prompts():
     scores = overoptimization.centred(np.array([[1.0, 3.0], [10.0, 20.0]]))
     np.testing.assert_allclose(scores.mean(-1), 0)
     assert np.square(scores).mean() == pytest.approx(1) and scores[1, 1] == 5 * scores[0, 1]
-
-
-def rows(experiment, metrics):
-    found = []
-    for point in experiment.SWEEP:
-        config = override(experiment.BASE, point)
-        name = experiment.__name__.rpartition(".")[2]
-        row = {"id": run_id(name, config), "config": to_json(config), "overrides": to_json(point)}
-        found.append(row | {"metrics": metrics(config)})
-    return found
 
 
 def test_table_and_figure_of_reward_models():
