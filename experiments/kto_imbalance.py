@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from experiments.shared import preference_pairs
 from experiments.shared.cells import cells, markdown
 from experiments.shared.first_layers import smollm2_layers
+from experiments.shared.preference_pairs import COLUMNS
 from research.data import judged, source
 from research.data.packing import Table
 from research.evaluate.preferences import answered
@@ -78,19 +79,6 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     params = preference_pairs.tuned(config, objective, batches, directory)
     found = preference_pairs.moved(config, params)
     return found | {"good_answers": float(good), "bad_answers": float(bad)}
-
-
-MEASURES = {
-    "right sign": "accuracy",
-    "margin": "margin",
-    "chosen": "chosen",
-    "rejected": "rejected",
-}
-COLUMNS = {
-    f"{part}: {name}": f"{part.replace(' ', '_')}/{key}"
-    for part in ("seen", "held out")
-    for name, key in MEASURES.items()
-}
 
 
 def table(rows: list[results.Row]) -> str:

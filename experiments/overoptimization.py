@@ -30,6 +30,7 @@ from experiments.shared import reward_training
 from experiments.shared.cells import cells, markdown
 from experiments.shared.first_layers import smollm2_instruct, smollm2_layers
 from experiments.shared.reward_training import Recipe
+from experiments.shared.rlhf import short_instructions
 from research.data import corpora, preferences, rankings, shuffle
 from research.data.preferences import Preference
 from research.data.rankings import Scored
@@ -80,14 +81,6 @@ def encoder() -> Encode:
     return reward_training.recent(partial(chat.encode_chat, smollm2_instruct().tokenizer), PROMPT)
 
 
-@cache
-def asked(count: int) -> list[str]:
-    """Short instructions without input, a mixed order of them that is always the same."""
-    rows = [row for _, row in corpora.alpaca_en() if not row["input"]]
-    short = list(dict.fromkeys(row["instruction"] for row in rows if len(row["instruction"]) < 80))
-    return [short[i] for i in shuffle.permutation(0, 0, len(short))[:count]]
-
-
 def sampled(prompts: Sequence[str], answers: int, tokens: int) -> np.ndarray:
     """What SmolLM2-Instruct says at temperature 1, texts [prompts, answers]."""
     base = smollm2_instruct()
@@ -125,7 +118,7 @@ def scored(reward: Reward, prompts: Sequence[str], texts: np.ndarray) -> np.ndar
 def judged(gold: Gold) -> tuple[list[str], np.ndarray, np.ndarray, list[tuple[str, Preference]]]:
     """Prompts, their answers and the answers' gold scores [prompts, answers]; and pairs of answers to other
     prompts, labelled."""
-    prompts = asked(gold.prompts + gold.labelled_prompts)
+    prompts = short_instructions()[: gold.prompts + gold.labelled_prompts]
     own, others = prompts[: gold.prompts], prompts[gold.prompts :]
     texts, told = (
         sampled(own, gold.answers, gold.tokens),

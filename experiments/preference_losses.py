@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from experiments.shared import preference_pairs
 from experiments.shared.cells import cells, markdown
 from experiments.shared.first_layers import smollm2_layers
+from experiments.shared.preference_pairs import COLUMNS
 from research.data import source
 from research.losses.preference import LOSSES, f_dpo
 from research.losses.token_preference import TOKEN_LOSSES
@@ -58,19 +59,6 @@ def run(config: Config, directory: Path) -> dict[str, float]:
     batches = source.pair_source(rows, config.batch_size, config.seed)
     params = preference_pairs.tuned(config, objective(config), batches, directory)
     return preference_pairs.moved(config, params)
-
-
-MEASURES = {
-    "right sign": "accuracy",
-    "margin": "margin",
-    "chosen": "chosen",
-    "rejected": "rejected",
-}
-COLUMNS = {
-    f"{part}: {name}": f"{part.replace(' ', '_')}/{key}"
-    for part in ("seen", "held out")
-    for name, key in MEASURES.items()
-}
 
 
 def table(rows: list[results.Row]) -> str:

@@ -26,6 +26,18 @@ from research.types import Objective, Params, Source
 
 Pair = tuple[str, Preference]
 SEEN = 20  # how many of the pairs that were trained on are measured again
+MEASURES = {
+    "right sign": "accuracy",
+    "margin": "margin",
+    "chosen": "chosen",
+    "rejected": "rejected",
+}
+# Of a table: what `moved` gives.
+COLUMNS = {
+    f"{part}: {name}": f"{part.replace(' ', '_')}/{key}"
+    for part in ("seen", "held out")
+    for name, key in MEASURES.items()
+}
 
 
 @dataclasses.dataclass(frozen=True)

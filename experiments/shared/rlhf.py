@@ -53,15 +53,20 @@ def halves() -> tuple[list, list]:
 
 
 @cache
-def instructions(held_out: int) -> tuple[list, list]:
-    """(to learn with, held out): short instructions of Alpaca as (text, ids)."""
-    tokenizer = smollm2_instruct().tokenizer
+def short_instructions() -> list[str]:
+    """Instructions of Alpaca without input, each once, in a mixed order that is always the same."""
     rows = [row["instruction"] for _, row in corpora.alpaca_en() if not row["input"]]
     short = list(dict.fromkeys(text for text in rows if len(text) < 80))
-    short = [short[i] for i in shuffle.permutation(0, 0, len(short))]
-    asked = [[{"role": "user", "content": text}] for text in short]
+    return [short[i] for i in shuffle.permutation(0, 0, len(short))]
+
+
+@cache
+def instructions(held_out: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(to learn with, held out): short instructions as (text, ids)."""
+    tokenizer = smollm2_instruct().tokenizer
+    asked = [[{"role": "user", "content": text}] for text in short_instructions()]
     ids = [tokenizer.encode(chat.render(tokenizer, turn, True)) for turn in asked]
-    found = list(zip(short, ids, strict=True))
+    found = list(zip(short_instructions(), ids, strict=True))
     return found[held_out:], found[:held_out]
 
 
