@@ -29,6 +29,7 @@ from research.models.decoder import Decoder, DecoderConfig
 from research.models.families import PRESETS
 from research.objectives import next_token
 from research.paths import named_leaves
+from research.plan.program import memory_of
 from research.runs import environment
 from research.train.optim import AdamW, optimizer
 from research.train.state import initial_state
@@ -102,7 +103,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": speed,
         "tflops": speed * flops / 1e12,
         "mfu": None if peak is None else speed * flops / 1e12 / peak,
-        "peak_bytes": program.memory_analysis().peak_memory_in_bytes,
+        "peak_bytes": memory_of(program)["peak_bytes"],
     }
 
 
