@@ -265,7 +265,8 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 def _only(
     names: set[str], inner: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` on the named leaves; the others have no state and an update of zero."""
+    """`inner` on the named leaves; the others have no state and an update of zero. ValueError when it begins
+    with a tree that lacks one of them."""
 
     def hole(tree: PyTree) -> PyTree:
         return map_named(lambda name, leaf: leaf if name in names else None, tree)
@@ -275,4 +276,11 @@ def _only(
         arrived = dict(named_leaves(moved))
         return map_named(lambda name, leaf: arrived.get(name, jnp.zeros_like(leaf)), updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: inner.init(hole(params)), update)
+    def init(params):
+        if missing := names - {name for name, _ in named_leaves(params)}:
+            raise ValueError(
+                f"optimizer: made for a tree with a leaf {min(missing)!r}, which this one does not have"
+            )
+        return inner.init(hole(params))
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = configured(options, on_gpu)
     model = Decoder(config)
     params = jax.jit(decoder.init, static_argnums=0)(model, jax.random.key(0))
-    adam = optimizer(AdamW(), 1e-4)
+    adam = optimizer(AdamW(1e-4), params)
     step, state = make_step(next_token(model), adam), initial_state(params, adam, jax.random.key(2))
     flops = flops_per_token(config, params, options.length)
     frozen = jax.tree.map(lambda leaf: None, params)

@@ -52,3 +52,5 @@ def test_a_step_of_a_small_model(tmp_path, capsys):
     row = json.loads(output.read_text())
     assert row == json.loads(capsys.readouterr().out)
     assert row["layers"] == 1 and row["attention"] == "reference" and row["tokens_per_s"] > 0
+    table = 49152 * 576  # alone, with AdamW's two moments and gradients of its size
+    assert row["peak_bytes"] > 4 * 4 * table

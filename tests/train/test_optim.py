@@ -119,6 +119,11 @@ def test_every_path_is_covered_or_an_error():
         optimizer(AdamW(decay=((r".*/weight", True), (r".*", False))), tree)
 
 
+def test_a_tree_that_it_was_not_made_for_is_refused():
+    with pytest.raises(ValueError, match="a leaf 'norm/scale', which"):
+        optimizer(AdamW(), params()).init({"out": params()["out"], "hidden": params()["hidden"]})
+
+
 def test_decay_rules_replace_the_default():
     tree = params()
     frozen_gradient = jax.tree.map(jnp.zeros_like, tree)
