@@ -150,17 +150,17 @@ def timed(run: Callable, x: list, repeats: int) -> float:
     return median(times)
 
 
-def known(spent: Timed) -> float:
-    """nan where memory did not suffice; any other error is raised."""
+def known(spent: Timed) -> float | None:
+    """None where memory did not suffice; any other error is raised."""
     if not isinstance(spent, Exception):
         return spent
     if "RESOURCE_EXHAUSTED" not in str(spent):
         raise spent
-    return float("nan")
+    return None
 
 
 def measure(names: Sequence[str], works: Sequence[Work], dtype: Any, repeats: int) -> Iterator:
-    """A row for each work. 'xla' is not run (nan) where its scores take more than PLAIN_BYTES."""
+    """A row for each work. 'xla' is not run where its scores take more than PLAIN_BYTES."""
     for_each = {
         work: [name for name in names if name != "xla" or work.score_bytes <= PLAIN_BYTES]
         for work in works
@@ -168,10 +168,12 @@ def measure(names: Sequence[str], works: Sequence[Work], dtype: Any, repeats: in
     jobs = {(work, n): (named(n), work) for work, chosen in for_each.items() for n in chosen}
     times = {key: known(spent) for key, spent in seconds(jobs, dtype, repeats)}
     for work in works:
-        yield row(work, {name: times.get((work, name), float("nan")) for name in names}, dtype)
+        found = {name: times.get((work, name)) for name in names}
+        yield row(work, {name: spent for name, spent in found.items() if spent}, dtype)
 
 
 def row(work: Work, found: dict[str, float], dtype: Any) -> dict[str, Any]:
+    """What was not run, or not with this memory, has no number."""
     return {
         **dataclasses.asdict(work),
         "device": jax.devices()[0].device_kind,
@@ -184,13 +186,14 @@ def row(work: Work, found: dict[str, float], dtype: Any) -> dict[str, Any]:
 def decoding(names: Sequence[str], dtype: Any, repeats: int) -> Iterator[dict[str, Any]]:
     jobs = {(Decoding(S), name): (kernel(name), Decoding(S)) for S in CACHES for name in names}
     for (work, name), spent in seconds(jobs, dtype, repeats):
-        one = known(spent) / STEPS
+        if (several := known(spent)) is None:
+            continue
         yield {
             **dataclasses.asdict(work),
             "decode": name,
             "device": jax.devices()[0].device_kind,
-            "us": 1e6 * one,
-            "gb_per_s": work.bytes / one / 1e9,
+            "us": 1e6 * several / STEPS,
+            "gb_per_s": work.bytes * STEPS / several / 1e9,
         }
 
 
@@ -205,7 +208,8 @@ def tuned(H: int, dtype: Any, T: int, tokens: int, repeats: int) -> Iterator[dic
         row = {"H": H, "tuned": which, "tile": dataclasses.astuple(tile)}
         try:
             gate("flash2", jobs[which, tile][0], 512, H)
-            yield row | {"ms": 1e3 * known(spent)}
+            if (once := known(spent)) is not None:
+                yield row | {"ms": 1e3 * once}
         except (jax.errors.JaxRuntimeError, ValueError, AssertionError) as error:
             yield row | {"error": str(error)[:200]}
 
@@ -216,7 +220,9 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     peak = next((p for known, p in PEAK.items() if known in kind), None)
 
     def cell(row: dict[str, Any], name: str) -> str:
-        speed, base = row["tflops"][name], row["tflops"].get("cudnn")
+        speed, base = row["tflops"].get(name), row["tflops"].get("cudnn")
+        if speed is None:
+            return "–"
         notes = [f"{100 * speed / peak:.0f} %"] if peak else []
         notes += [f"{speed / base:.2f} of cuDNN"] if base and name != "cudnn" else []
         return f"{speed:.3g}" + (f" ({', '.join(notes)})" if notes else "")
