@@ -3,7 +3,8 @@
     python -m scripts.bench_attention [--shapes 4,256,9,3,64 ...] [--repeats 9] [--json FILE]
 
 Float32 and causal. One call of each kernel in turn, many turns: a machine that slows down slows all
-of them, so read the ratios. `busy` is processor time over wall time of our process, 2.0 when two
+of them, so read the ratios. A pause comes before each, for threads that wait for work keep a core busy for a
+while. `busy` is processor time over wall time of our process, 2.0 when two
 cores work throughout. PyTorch runs in a process of its own under `.references/venv`.
 """
 
@@ -26,6 +27,7 @@ from research.kernels.select import kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ["4,256,9,3,64", "8,512,9,3,64", "1,1024,9,3,64", "1,2048,8,8,64"]
+PAUSE_S = 0.3
 TORCH_PYTHON = ROOT / ".references" / "venv" / "bin" / "python"
 
 
@@ -40,6 +42,7 @@ class Torch:
         )
 
     def __call__(self, shape: tuple[int, ...], backward: bool) -> float:
+        time.sleep(PAUSE_S)
         self.process.stdin.write(json.dumps({"shape": shape, "backward": backward}) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -74,7 +77,8 @@ def compiled(attend: Attend, shape: tuple[int, ...], backward: bool):
 
 
 def timed(run) -> tuple[float, float]:
-    """(wall seconds, processor seconds) of one call."""
+    """(wall seconds, processor seconds) of one call, after a pause."""
+    time.sleep(PAUSE_S)
     wall, busy = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - wall, time.process_time() - busy

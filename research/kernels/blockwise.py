@@ -64,12 +64,11 @@ def blockwise(
 
 
 def default_tiles(T: int, S: int, G: int) -> Tiles:
-    """Blocks of nearly equal size: at most 256 keys, 256 query positions and 1024 query rows; where
-    queries are alone with their keys and many, twice as long either way, a quarter faster
-    (docs/PERFORMANCE.md)."""
+    """Blocks of nearly equal size: at most 512 keys, 512 query positions and 1536 query rows; where queries
+    are alone with their keys and many, twice as long either way. Measured: docs/PERFORMANCE.md."""
     if G == 1 and T >= 2048:
-        return Tiles(_even(T, 512), _even(S, 512))
-    return Tiles(_even(T, max(64, min(256, 1024 // G))), _even(S, 256))
+        return Tiles(_even(T, 1024), _even(S, 1024))
+    return Tiles(_even(T, max(64, min(512, 1536 // G))), _even(S, 512))
 
 
 def _even(length: int, most: int) -> int:

@@ -198,8 +198,8 @@ def test_temporary_memory_grows_with_the_length_and_not_with_its_square():
 def test_default_tiles_pad_little_and_stay_small(length, G):
     tiles = default_tiles(length, length, G)
     rows, columns = tiles.counts(length, length)
-    most = 512 if G == 1 and length >= 2048 else 256
-    assert max(tiles.key, tiles.query) <= most and G * tiles.query <= max(1024, 64 * G)
+    most = 1024 if G == 1 and length >= 2048 else 512
+    assert max(tiles.key, tiles.query) <= most and G * tiles.query <= max(1536, 64 * G)
     assert rows * tiles.query - length < rows and columns * tiles.key - length < columns
 
 
