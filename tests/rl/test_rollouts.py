@@ -9,13 +9,14 @@ import pytest
 from safetensors.numpy import save_file
 from small_policy import MODEL, SETTINGS, TASK, first, start
 
-from research.decode.sampling import Sampling
+from research.decode.generate import for_decoding, prefill
+from research.decode.sampling import Filters, Sampling, filtered, log_prob
 from research.losses.advantages import kl_estimate
 from research.rl import record, tasks
 from research.rl.advantage import Estimator
 from research.rl.objective import Loss, policy_gradient
 from research.rl.play import Clock, play, scored
-from research.rl.policy import said, scorer, with_critic
+from research.rl.policy import said, scorer, with_critic, without_critic
 from research.rl.record import Rollout
 from research.rl.source import Rollouts, rollout_source
 
@@ -51,6 +52,16 @@ def test_the_samplers_own_log_probabilities(made):
     read = {name: getattr(rows, name) for name in (*record.WHOLE, "mask")}
     again = scorer(MODEL)(params, read | {"temperature": np.float32(1.0)})
     np.testing.assert_allclose(again.log_probs, rows.sampled, atol=1e-5)
+
+
+def test_what_the_sampler_drew_from_at_its_temperature(made):
+    rows, drawn = rollout(made), Filters(temperature=0.7)
+    params = for_decoding(without_critic(made[0]))
+    for place in np.flatnonzero(rows.mask.any(0)):
+        until, real = rows.tokens[:, : place + 1], rows.mask[:, place] > 0
+        logits, _ = prefill(MODEL, params, until, np.ones_like(until), place + 2)
+        found = log_prob(filtered(logits, drawn), rows.targets[:, place])
+        np.testing.assert_allclose(rows.log_probs[real, place], found[real], atol=1e-5)
 
 
 def test_padding_and_prompts_have_nothing(made):
