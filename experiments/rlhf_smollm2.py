@@ -14,8 +14,8 @@ the KL, which shows whether the reward is exploited. Where the time goes: `time/
 Differs from the paper: 135M parameters, 150 pairs a reward model, answers of `tokens` tokens, a few hundred
 answers in all, LoRA in every step, no pretraining mix (the objective has it).
 Run:    .venv/bin/python -m experiments.rlhf_smollm2 --sweep
-Expect: the rollouts' reward up by one deviation and more at 2 to 3 nats an answer (seen in two runs, see the log);
-        the held-out one by less.
+Expect: on other instructions half a deviation more by either reward model, at 2 to 3 nats an answer; text that
+        reads no better, or worse, since what both models like is not what a reader would.
 """
 
 from __future__ import annotations
@@ -222,16 +222,17 @@ def table(rows: list[results.Row]) -> str:
 
 
 def figure(rows: list[results.Row]) -> Figure:
-    """Both judges over the rollouts, means of four."""
+    """Both judges over the rollouts, means of four; a line for each seed."""
     drawing = Figure(figsize=(5, 3), layout="constrained")
     axes = drawing.subplots()
     for row in rows:
+        style = ("-", "--", ":")[row["config"]["seed"] % 3]
         for name, colour in (("reward", "C0"), ("held_out", "C1")):
             keys = sorted(k for k in row["metrics"] if re.fullmatch(rf"probe/\d+/{name}", k))
             values = np.array([row["metrics"][k] for k in keys])
             size = min(4, len(values))
             smooth = np.convolve(values, np.full(size, 1 / size), "valid")
-            axes.plot(np.arange(len(smooth)) + (size + 1) / 2, smooth, colour, lw=1)
+            axes.plot(np.arange(len(smooth)) + (size + 1) / 2, smooth, colour, ls=style, lw=1)
     axes.plot([], [], "C0", label="the reward")
     axes.plot([], [], "C1", label="the held-out one")
     axes.set_xlabel("rollout")
