@@ -110,8 +110,25 @@ def main(
         return [done[each.id] for each in planned if each.id in done]
     rows = _run_all(planned, done, run, places, options, experiment)
     if table is not None and not options.smoke:
-        print(table(results.latest(results.read(places.results))))
+        print(_table(table, base, sweep, results.latest(results.read(places.results))))
     return rows
+
+
+def _table(
+    table: Callable[[list[results.Row]], str],
+    base: Any,
+    sweep: Sequence[Mapping[str, Any]],
+    rows: list[results.Row],
+) -> str:
+    """A table is about the sweep: without a row of it, whatever the seed, there is none."""
+
+    def key(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name != "seed"}
+
+    known = [key(to_json(override(base, point))) for point in ({}, *sweep)]
+    if any(key(row["config"]) in known for row in rows):
+        return table(rows)
+    return "no table: none of the rows has the base config or one of the sweep's"
 
 
 def experiment_name(run: Run) -> str:

@@ -172,6 +172,11 @@ def test_the_table_is_printed_over_all_rows(start, capsys):
     assert "5 rows in the table" in capsys.readouterr().out
 
 
+def test_a_run_outside_the_sweep_makes_no_table(start, capsys):
+    start("--set", "steps=7", table=lambda rows: pytest.fail("a table without what it is about"))
+    assert "no table: none of the rows" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
