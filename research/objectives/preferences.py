@@ -32,8 +32,9 @@ def preference(
     The batch holds tokens, targets, weights, segment_ids and positions [P, T] as `data.preferences`
     lays pairs out, and pair_weights [P]. The reference's log-probabilities of both answers are the batch's
     `reference` [P, 2] (`answer_log_probs`), or those of a live `reference` (`objectives.reference`); a loss
-    that looks at none (SimPO, ORPO, CPO, SLiC) may have neither when `reference_free` says so. Metrics over pairs of non-zero weight: loss, accuracy
-    (margin above 0), margin of log-ratios, and the two log-probabilities, chosen and rejected.
+    that looks at none (SimPO, ORPO, CPO, SLiC) may have neither when `reference_free` says so. Metrics over
+    pairs of non-zero weight: loss, accuracy (margin above 0), margin of log-ratios, and the two log-probabilities,
+    chosen and rejected.
     """
 
     def objective(params: Params, context: Any, batch: Batch, rng: Array | None):
