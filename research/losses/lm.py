@@ -120,10 +120,49 @@ def token_log_probs(
 ) -> Array:
     """log p(target) at each position, [B, T] float32, in chunks; 0 where `weights` is 0.
 
-    Differentiable: the backward pass computes a chunk's logits again, so that neither pass holds
-    [B, T, V]. Chunks without any weight are skipped.
+    Differentiable in reverse mode, and no pass holds [B, T, V]: the gradient of the states is taken while a
+    chunk's logits are there, as a position's cotangent is one factor; for that of `params` they are computed again.
+    Chunks without any weight are skipped.
     """
-    return per_position(_log_prob, project, params, hidden, targets, weights, chunk)
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+    return _log_probs(project, chunk, params, hidden, targets, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _log_probs(project, chunk, params, hidden, targets, weights) -> Array:
+    return _log_probs_again(project, chunk, params, hidden, targets, weights)
+
+
+def _log_probs_again(project, chunk, params, hidden, targets, weights) -> Array:
+    """The same; its backward pass computes logits again."""
+
+    def of(params: PyTree, h: Array, y: Array) -> Array:
+        return _log_prob(project(params, h), y)
+
+    return per_position(of, params, hidden, targets, weights, chunk)
+
+
+def _log_probs_forward(project, chunk, params, hidden, targets, weights):
+    def both(params: PyTree, h: Array, y: Array) -> Array:
+        """[B, c, 1 + D]: log p, and its gradient in the states."""
+        logits, pull = jax.vjp(partial(project, params), h)
+        target = y[..., None] == jnp.arange(logits.shape[-1])
+        of_logits = target - jax.nn.softmax(logits.astype(jnp.float32))
+        own = _log_prob(logits, y)[..., None], *pull(of_logits.astype(logits.dtype))
+        return jnp.concatenate([x.astype(jnp.float32) for x in own], axis=-1)
+
+    found = per_position(both, params, hidden, targets, weights, chunk)
+    return found[..., 0], (params, hidden, targets, weights, found[..., 1:])
+
+
+def _log_probs_backward(project, chunk, saved, cotangent):
+    params, hidden, targets, weights, gradient = saved
+    again = lambda params: _log_probs_again(project, chunk, params, hidden, targets, weights)  # noqa: E731
+    (d_params,) = jax.vjp(again, params)[1](cotangent)
+    return d_params, (cotangent[..., None] * gradient).astype(hidden.dtype), None, None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
 def token_log_probs_and_entropy(
@@ -136,16 +175,18 @@ def token_log_probs_and_entropy(
 ) -> tuple[Array, Array]:
     """`token_log_probs`, and the entropy of the distribution at each position, nats, 0 where it is 0."""
 
-    def both(logits: Array, targets: Array) -> Array:
+    def both(params: PyTree, h: Array, y: Array) -> Array:
+        logits = project(params, h).astype(jnp.float32)
         log_p = jax.nn.log_softmax(logits)
         entropy = -(jnp.exp(log_p) * log_p).sum(-1)
-        return jnp.stack([_log_prob(logits, targets), entropy], axis=-1)
+        return jnp.stack([_log_prob(logits, y), entropy], axis=-1)
 
-    found = per_position(both, project, params, hidden, targets, weights, chunk)
+    found = per_position(both, params, hidden, targets, weights, chunk)
     return found[..., 0], found[..., 1]
 
 
 def _log_prob(logits: Array, targets: Array) -> Array:
+    logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 

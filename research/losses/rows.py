@@ -90,26 +90,25 @@ def compact(hidden: Array, targets: Array, weights: Array, chunk: int | None) ->
 
 
 def per_position(
-    of: Callable[[Array, Array], Array],
-    project: Callable[[PyTree, Array], Array],
+    of: Callable[[PyTree, Array, Array], Array],
     params: PyTree,
     hidden: Array,
     targets: Array,
     weights: Array | None = None,
     chunk: int | None = None,
 ) -> Array:
-    """of(logits [B, c, V], targets [B, c]) -> [B, c, ...] for all chunks: [B, T, ...] float32, 0 where
-    `weights` [B, T] is 0; None is 1 everywhere.
+    """of(params, hidden [B, c, D], targets [B, c]) -> [B, c, ...] float32 for all chunks: [B, T, ...], 0
+    where `weights` [B, T] is 0; None is 1 everywhere.
 
-    Differentiable, and neither pass holds [B, T, V]: the backward pass computes a chunk's logits again.
-    Chunks without any weight are skipped.
+    Differentiable, and neither pass holds what `of` makes on its way, of all positions: the backward pass
+    computes a chunk again. Chunks without any weight are skipped.
     """
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
     rows = compact(hidden, targets, weights, chunk)
 
     @jax.checkpoint
     def score(params, h, y, w):
-        found = of(project(params, h).astype(jnp.float32), y)
+        found = of(params, h, y)
         return jnp.where((w != 0).reshape(*w.shape, *[1] * (found.ndim - 2)), found, 0)
 
     def skip(params, h, y, w):

@@ -108,23 +108,22 @@ def token_pairs(
     are computed again by the backward pass; no gradient reaches the reference's.
     """
 
-    def both(params: PyTree, hidden: Array) -> Array:
+    def statistics(params: PyTree, hidden: Array, targets: Array) -> Array:
         policy, reference = project(params, hidden)
         if policy.shape != reference.shape:
             raise ValueError(
                 f"the policy has {policy.shape[-1]} logits and the reference {reference.shape[-1]}"
             )
-        return jnp.concatenate([policy, reference], axis=-1)
+        return _statistics(policy.astype(jnp.float32), reference.astype(jnp.float32), targets)
 
     weights = (answers != 0).astype(jnp.float32)
-    found = per_position(_statistics, both, params, hidden, targets, weights, chunk)
+    found = per_position(statistics, params, hidden, targets, weights, chunk)
     return TokenPairs(*jnp.moveaxis(found, -1, 0), answers)
 
 
-def _statistics(logits: Array, targets: Array) -> Array:
-    """[..., 4] of the logits of both models side by side, [..., 2V]."""
-    policy, reference = (jax.nn.log_softmax(x) for x in jnp.split(logits, 2, axis=-1))
-    reference = lax.stop_gradient(reference)
+def _statistics(policy: Array, reference: Array, targets: Array) -> Array:
+    """[..., 4] of the logits [..., V] of both models."""
+    policy, reference = jax.nn.log_softmax(policy), lax.stop_gradient(jax.nn.log_softmax(reference))
     picked = [jnp.take_along_axis(x, targets[..., None], -1)[..., 0] for x in (policy, reference)]
     divergence = (jnp.exp(reference) * (reference - policy)).sum(-1)
     return jnp.stack([*picked, divergence, jax.nn.logsumexp(2 * policy, axis=-1)], axis=-1)
