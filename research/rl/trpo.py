@@ -4,11 +4,13 @@
     step = −√(2δ / dᵀFd) · d, halved until the KL is at most δ and the loss is lower
 
 As an optax transformation: the training loop's gradient comes in, the step goes out. It moves whatever is
-trained as part of the policy, so a critic is trained apart or left out (`baseline`, `rloo`, `grpo`).
+trained as part of the policy, so a critic is trained apart or left out (`baseline`, `rloo`, `grpo`). F times a
+vector is a second derivative, which no attention kernel has: the policy is read with plain attention.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research.kernels.attend import reference
 from research.losses.advantages import masked_mean
 from research.objectives.model import head_params, project_with, states
 from research.train.partition import combine
@@ -32,6 +35,8 @@ def trpo(
     """For batches of `research.rl.source`, one epoch of one minibatch an iteration: the region is
     around the policy that sampled. `max_kl` in nats a token. The state counts the steps that no halving made
     acceptable, which move nothing."""
+
+    model = model.clone(config=dataclasses.replace(model.config, attend=reference))
 
     def init(params: Params) -> dict[str, Array]:
         return {"refused": jnp.zeros([], jnp.int32)}
