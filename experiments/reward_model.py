@@ -12,9 +12,9 @@ it a judge without a model: the longer answer wins.
 Differs from the papers: 8 layers of 30 of a small model, hundreds of pairs instead of tens of thousands; prompts
 lose all but their last `prompt` tokens and answers what is beyond `length`, so that the length of most
 is not seen. 56 pairs have a standard error of 0.07.
-Run:    bash scripts/cpu.sh .venv/bin/python -m experiments.reward_model --sweep
-Expect: accuracy rising with the number of pairs to 0.6 and more, where all tokens are read; the last token alone near
-        chance; few pairs learned by heart.
+Run:    .venv/bin/python -m experiments.reward_model --sweep   (10 runs)
+Expect: held-out accuracy rising from 0.65 with 30 pairs to above 0.7 with 240, where all tokens are read, while that
+        of the training pairs falls; the last token alone at chance; no rule about length.
 """
 
 from __future__ import annotations
