@@ -10,8 +10,8 @@ Differs from the paper, which finds that 90 % of the good answers may be left ou
 balanced: 135M parameters, 20 steps of 4 answers, one seed, answers cut at 96 tokens with their prompt.
 30 pairs have a standard error of 0.09.
 Run:    .venv/bin/python -m experiments.kto_imbalance --sweep   (5 runs)
-Expect: without weights fewer good answers move both kinds of answers down; with them the chosen ones
-        are held up, at a margin that falls with the number of good answers.
+Expect: without weights fewer good answers move all answers down, to a held-out sign below a half at 1:10; with them
+        both move down less and two thirds of held-out margins keep the right sign at any ratio.
 """
 
 from __future__ import annotations
