@@ -12,7 +12,7 @@ of 40 tokens; a gold model of 300 pairs, whose agreement with people matters to 
 are less the mean of their prompt, in deviations within prompts, so that n = 1 is 0.
 Run:    .venv/bin/python -m experiments.overoptimization --sweep
 Expect: proxy reward twice the gold one and above what picking by gold itself would give; gold reward that rises with
-        pairs and with n, and turns down at n = 32 with 16 pairs; three proxies better than one of four times the pairs.
+        n and, hardly beyond the error, with pairs, and rises no more at n = 32 with 16 of them.
 """
 
 from __future__ import annotations
