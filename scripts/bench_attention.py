@@ -1,11 +1,12 @@
-"""Attention kernels timed side by side: blockwise, reference, and PyTorch's where it is installed.
+"""A CPU's attention kernels timed side by side, and PyTorch's where it is installed.
 
-    python -m scripts.bench_attention [--shapes 4,256,9,3,64 ...] [--repeats 9] [--json FILE]
+    python -m scripts.bench_attention [--shapes 4,256,9,3,64 ...] [--kernels native blockwise] [--json FILE]
 
 Float32 and causal. One call of each kernel in turn, many turns: a machine that slows down slows all
-of them, so read the ratios. A pause comes before each, for threads that wait for work keep a core busy for a
-while. `busy` is processor time over wall time of our process, 2.0 when two
-cores work throughout. PyTorch runs in a process of its own under `.references/venv`.
+of them, so read the ratios. A pause comes before each, for threads that wait for work keep a core busy
+for a while. `busy` is processor time over wall time of the first kernel, 2.0 when two cores work
+throughout. The plain form (`reference`) of 8,192 tokens takes more than 12 GB. PyTorch runs in a process of
+its own under `.references/venv`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from research.kernels.select import kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ["4,256,9,3,64", "8,512,9,3,64", "1,1024,9,3,64", "1,2048,8,8,64"]
+KERNELS = "native", "blockwise", "reference"
 PAUSE_S = 0.3
 TORCH_PYTHON = ROOT / ".references" / "venv" / "bin" / "python"
 
@@ -84,29 +86,31 @@ def timed(run) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - busy
 
 
-def measure(shape: tuple[int, ...], backward: bool, repeats: int, torch: Torch | None) -> dict:
+def measure(
+    names: list[str], shape: tuple[int, ...], backward: bool, repeats: int, torch: Torch | None
+) -> dict:
     """One row: medians in milliseconds, ratios, temporary memory in MB."""
-    names = "blockwise", "reference"
     runs, memory = {}, {}
     for name in names:
         runs[name], memory[name] = compiled(kernel(name), shape, backward)
-    wall: dict[str, list[float]] = {name: [] for name in (*names, "torch")}
+    wall: dict[str, list[float]] = {name: [] for name in names} | ({"torch": []} if torch else {})
     busy = []
     for _ in range(repeats):
         for name in names:
             seconds, processor = timed(runs[name])
             wall[name].append(seconds)
-            if name == "blockwise":
+            if name == names[0]:
                 busy.append(processor / seconds)
         if torch is not None:
             wall["torch"].append(torch(shape, backward))
     row = {"shape": "x".join(map(str, shape)), "pass": "fwd+bwd" if backward else "fwd"}
-    row |= {f"{name}_ms": 1e3 * median(times) for name, times in wall.items() if times}
+    row |= {f"{name}_ms": 1e3 * median(times) for name, times in wall.items()}
     row |= {f"{name}_MB": memory[name] / 1e6 for name in names}
-    for other in ("reference", "torch"):
-        if wall[other]:
-            pairs = zip(wall["blockwise"], wall[other], strict=True)
-            row[f"to_{other}"] = median(ours / theirs for ours, theirs in pairs)
+    pairs = [(names[0], other) for other in names[1:]]
+    pairs += [(name, "torch") for name in names if torch is not None]
+    for ours, theirs in pairs:
+        turns = zip(wall[ours], wall[theirs], strict=True)
+        row[f"{ours}/{theirs}"] = median(x / y for x, y in turns)
     return row | {"busy": median(busy)}
 
 
@@ -115,6 +119,7 @@ def main() -> None:
         prog="python -m scripts.bench_attention", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,T,N,K,H")
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     args = parser.parse_args()
@@ -125,7 +130,7 @@ def main() -> None:
         for text in args.shapes:
             for backward in (False, True):
                 shape = tuple(map(int, text.split(",")))
-                row = measure(shape, backward, args.repeats, torch)
+                row = measure(args.kernels, shape, backward, args.repeats, torch)
                 print(
                     "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in row.items())
                 )

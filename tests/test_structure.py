@@ -22,7 +22,7 @@ MAY = {
     "types": set(),
     "compiled": set(),
     "paths": {"types"},
-    "kernels": {"types"},
+    "kernels": {"types", "compiled"},
     "losses": {"types"},
     "codes": {"types"},
     "weights": {"types", "paths", "kernels", "codes"},

@@ -5,8 +5,8 @@
     n // (N // K). Scores are q·k * scale (a Python number; 1/sqrt(H) when None), softmax in float32. A query that
     sees no key gives zeros. The result has q's dtype.
 
-Every kernel has this signature: `reference` here, `blockwise` for a CPU, `flash2` and `flash1` for a
-GPU, `attend_auto` that picks one. Most take two more arguments:
+Every kernel has this signature: `reference` here, `native` and `blockwise` for a CPU, `flash2` and `flash1`
+for a GPU, `attend_auto` that picks one. Most take two more arguments:
 
     dropout=(rate, rng)   each probability is 0 with that rate and divided by 1 - rate otherwise; one
                           rng drops the same ones in every kernel (`dropout.kept`), though others on each

@@ -35,7 +35,7 @@ from research.kernels.online import (
     tile_grads,
     unbent_grad,
 )
-from research.kernels.tiles import Tiles, visit_table, walk
+from research.kernels.tiles import Tiles, from_groups, to_groups, visit_table, walk
 from research.types import Array
 
 
@@ -95,23 +95,7 @@ def _attention_backward(score, tiles, saved, out_grad):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-# Layout. A group is one key/value head of one batch row with its G query heads; the rows of a tile
-# are ordered (query head, position). Everything below the loop over groups is float32.
-
-
-def _to_groups(x: Array, K: int, block: int) -> Array:
-    """[B, T, K*G, H] -> [B*K, blocks, G*block, H], padded with zeros at the end."""
-    B, T, N, H = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -T % block), (0, 0), (0, 0)))
-    x = x.reshape(B, -1, block, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
-    return x.reshape(B * K, -1, N // K * block, H)
-
-
-def _from_groups(x: Array, B: int, T: int, block: int) -> Array:
-    """The inverse of `_to_groups`: [B, T, K*G, H]."""
-    groups, blocks, rows, H = x.shape
-    x = x.reshape(B, groups // B, blocks, rows // block, block, H).transpose(0, 2, 4, 1, 3, 5)
-    return x.reshape(B, blocks * block, -1, H)[:, :T]
+# Below the loop over groups (`tiles.to_groups`) everything is float32.
 
 
 def _group_context(mask: Mask, slopes: Array | None, B: int, K: int, G: int, tiles: Tiles) -> tuple:
@@ -186,9 +170,9 @@ def _forward(q, k, v, slopes, mask, seed, score, tiles):
     B, T, N = q.shape[:3]
     S, K = k.shape[1:3]
     operands = (
-        _to_groups(q, K, tiles.query),
-        _to_groups(k, K, tiles.key),
-        _to_groups(v, K, tiles.key),
+        to_groups(q, K, tiles.query),
+        to_groups(k, K, tiles.key),
+        to_groups(v, K, tiles.key),
         _group_context(mask, slopes, B, K, N // K, tiles),
         _group_visits(mask, B, K, T, S, tiles, axis=2),
     )
@@ -200,7 +184,7 @@ def _forward(q, k, v, slopes, mask, seed, score, tiles):
         return lax.map(block, jnp.arange(q.shape[0]))
 
     out, lse = lax.map(group, operands)
-    return _from_groups(out.astype(q.dtype), B, T, tiles.query), lse
+    return from_groups(out.astype(q.dtype), B, T, tiles.query), lse
 
 
 def _forward_block(q, k, v, context, seen, score, tiles, S, i):
@@ -222,11 +206,11 @@ def _backward(q, k, v, slopes, mask, seed, out, lse, out_grad, score, tiles):
     # dS = P * (dP - delta): delta is the product of a row's result with its gradient.
     delta = jnp.sum(out.astype(jnp.float32) * out_grad.astype(jnp.float32), -1, keepdims=True)
     operands = (
-        _to_groups(q, K, tiles.query),
-        _to_groups(k, K, tiles.key),
-        _to_groups(v, K, tiles.key),
-        _to_groups(out_grad, K, tiles.query),
-        _to_groups(delta, K, tiles.query)[..., 0],
+        to_groups(q, K, tiles.query),
+        to_groups(k, K, tiles.key),
+        to_groups(v, K, tiles.key),
+        to_groups(out_grad, K, tiles.query),
+        to_groups(delta, K, tiles.query)[..., 0],
         lse,
         _group_context(mask, slopes, B, K, N // K, tiles),
         _group_visits(mask, B, K, T, S, tiles, axis=1),
@@ -234,9 +218,9 @@ def _backward(q, k, v, slopes, mask, seed, out, lse, out_grad, score, tiles):
     grads = lax.map(partial(_backward_group, score, seed, tiles, S), operands)
     q_grad, k_grad, v_grad, slopes_grad = grads
     return (
-        _from_groups(q_grad, B, T, tiles.query).astype(q.dtype),
-        _from_groups(k_grad, B, S, tiles.key).astype(k.dtype),
-        _from_groups(v_grad, B, S, tiles.key).astype(v.dtype),
+        from_groups(q_grad, B, T, tiles.query).astype(q.dtype),
+        from_groups(k_grad, B, S, tiles.key).astype(k.dtype),
+        from_groups(v_grad, B, S, tiles.key).astype(v.dtype),
         None if slopes is None else slopes_grad.reshape(B, -1).sum(0).astype(slopes.dtype),
     )
 

@@ -1,9 +1,9 @@
 """Kernels by name, and the default that picks one from the device and the shapes alone.
 
-The choice is made while tracing and depends on nothing but the device, shapes, dtypes and whether there is
-dropout, so that it can be reported (`kernel_name`, `picked`) and never changes behind a run's back. The
-thresholds were measured on a CPU with `scripts/bench_attention.py`; on a GPU `flash_decode` was ahead of the plain
-form from a few thousand keys on, and even before (docs/FLASH_ATTENTION.md).
+The choice is made while tracing and depends on nothing but the device, whether there is a C++ compiler, shapes,
+dtypes and what is asked for, so that it can be reported (`kernel_name`, `picked`) and never changes behind a
+run's back. The thresholds were measured on a CPU with `scripts/bench_attention.py`; on a GPU `flash_decode`
+was ahead of the plain form from a few thousand keys on, and even before (docs/FLASH_ATTENTION.md).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from research.kernels.flash1 import flash1
 from research.kernels.flash2 import flash2
 from research.kernels.flash_decode import FEW, MOST_ROWS, flash_decode
 from research.kernels.mask import Mask
+from research.kernels.native import native, unavailable
 from research.kernels.operands import DTYPES, WIDEST
 from research.kernels.sharded import on_ambient_mesh
 from research.types import Array
@@ -43,16 +44,20 @@ def kernel_name(
     group: int = 1,
     dropout: bool = False,
     backend: str | None = None,
+    biased: bool = False,
 ) -> str:
     """The kernel `attend_auto` uses for T queries and S keys of H numbers, all of one dtype.
 
     `group` query heads share a key head. `backend` is that of JAX's default device when None: 'cpu',
-    'gpu' (CUDA of generation 8 or later) or another. The loops of `blockwise` suit a CPU, the Pallas
-    kernels a GPU; anything else takes 'reference'.
+    'gpu' (CUDA of generation 8 or later) or another. `biased` scores have ALiBi or a soft cap. C++ suits a
+    CPU, and the loops of `blockwise` where there is no compiler or it has not what is asked for; the
+    Pallas kernels suit a GPU; anything else takes 'reference'.
     """
     backend = backend or device_backend()
     if backend == "cpu":
-        return "reference" if T < FEW_QUERIES or S < FEW_KEYS else "blockwise"
+        if T < FEW_QUERIES or S < FEW_KEYS:
+            return "reference"
+        return "blockwise" if dropout or biased or unavailable() else "native"
     if backend != "gpu" or not 16 <= H <= WIDEST or jnp.dtype(dtype) not in map(jnp.dtype, DTYPES):
         return "reference"
     if T > FEW or group * T > MOST_ROWS:
@@ -82,13 +87,14 @@ def attend_auto(
     """The contract of `research.kernels.attend`, by the kernel that suits the shapes."""
     (T, N, H), (S, K) = q.shape[1:], k.shape[1:3]
     dtype = q.dtype if q.dtype == k.dtype == v.dtype else None
-    name = kernel_name(T, S, H, dtype, max(1, N // K), dropout is not None)
+    biased = mask.slopes is not None or softcap is not None
+    name = kernel_name(T, S, H, dtype, max(1, N // K), dropout is not None, biased=biased)
     _say(name, f"{T} queries and {S} keys of {H} {q.dtype}")
-    more = {} if dropout is None else {"dropout": dropout}
+    asked = {"dropout": dropout, "softcap": softcap}
     attend = KERNELS[name]
     if name != "reference":  # which XLA splits by itself
         attend = on_ambient_mesh(attend, q, k)
-    return attend(q, k, v, mask, scale, softcap=softcap, **more)
+    return attend(q, k, v, mask, scale, **{a: x for a, x in asked.items() if x is not None})
 
 
 def _say(name: str, shapes: str) -> None:
@@ -105,6 +111,7 @@ def picked() -> dict[str, str]:
 KERNELS: dict[str, Attend] = {
     "reference": reference,
     "blockwise": blockwise,
+    "native": native,
     "flash1": flash1,
     "flash2": flash2,
     "flash_decode": flash_decode,

@@ -1,6 +1,6 @@
 """A kernel on a mesh: each device works on its own rows of the batch and its own heads.
 
-XLA cannot look into a Pallas kernel or split the one loop of `blockwise`, and would gather its inputs
+XLA cannot look into a Pallas kernel or C++, or split the one loop of `blockwise`, and would gather its inputs
 on every device. Attention needs no communication between rows or heads, so `shard_map` says it.
 """
 

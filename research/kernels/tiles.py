@@ -159,3 +159,19 @@ def walk(
             count = lax.div(count - part + parts - 1, jnp.asarray(parts, count.dtype))
         carry = lax.fori_loop(0, count, body, carry)
     return carry
+
+
+def to_groups(x: Array, K: int, block: int) -> Array:
+    """[B, T, K*G, H] -> [B*K, blocks, G*block, H], padded with zeros at the end: a group is one key/value
+    head of one batch row, and rows are ordered (query head, position)."""
+    B, T, N, H = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -T % block), (0, 0), (0, 0)))
+    x = x.reshape(B, -1, block, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
+    return x.reshape(B * K, -1, N // K * block, H)
+
+
+def from_groups(x: Array, B: int, T: int, block: int) -> Array:
+    """The inverse of `to_groups`: [B, T, K*G, H]."""
+    groups, blocks, rows, H = x.shape
+    x = x.reshape(B, groups // B, blocks, rows // block, block, H).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(B, blocks * block, -1, H)[:, :T]

@@ -1,7 +1,7 @@
 """Attention kernels on this device: first whether they are right, then how fast.
 
     python -m scripts.bench attention --impl flash2,flash1,cudnn,xla [--tune] [--output FILE]
-    python -m scripts.bench attention --impl blockwise,reference --quick        on a CPU
+    python -m scripts.bench attention --impl native,blockwise,reference --quick        on a CPU
 
 Every head size and every tile that is timed passes `scripts/benchmark/gate.py` first. Then tokens are kept
 at 16k a call while T grows. FLOPs are those of FlashAttention's papers: 4·B·N·T²·H forward, half of it when
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     on_gpu = jax.default_backend() == "gpu"
     add = parser.add_argument
-    add("--impl", default="flash2,flash1,cudnn,xla" if on_gpu else "blockwise,reference")
+    add("--impl", default="flash2,flash1,cudnn,xla" if on_gpu else "native,blockwise,reference")
     add("--quick", action="store_true", help="short T, few repetitions")
     add("--tune", action="store_true", help="time flash2 with other tiles instead")
     add("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])

@@ -10,13 +10,24 @@ import pytest
 from research.kernels.attend import reference
 from research.kernels.blockwise import blockwise
 from research.kernels.mask import Mask
+from research.kernels.native import unavailable
 from research.kernels.select import KERNELS, attend_auto, kernel, kernel_name, picked
 
 
-def test_decoding_takes_the_reference_and_training_does_not():
+@pytest.fixture(params=[None, "has no compiler"], ids=["native", "blockwise"])
+def tiled(request, monkeypatch):
+    """What tiles are worked by on a CPU, with a compiler and without."""
+    if request.param or unavailable():
+        monkeypatch.setattr("research.kernels.select.unavailable", lambda: "has no compiler")
+        return "blockwise"
+    return "native"
+
+
+def test_decoding_takes_the_reference_and_training_does_not(tiled):
     assert kernel_name(1, 4096) == "reference"
     assert kernel_name(8, 8) == "reference"
-    assert kernel_name(256, 256) == kernel_name(2048, 2048) == "blockwise"
+    assert kernel_name(256, 256) == kernel_name(2048, 2048) == tiled
+    assert kernel_name(256, 256, dropout=True) == kernel_name(256, 256, biased=True) == "blockwise"
 
 
 def test_a_gpu_takes_the_pallas_kernels_where_they_can():
@@ -57,22 +68,24 @@ def test_auto_hands_a_gpus_kernels_what_they_take(monkeypatch, key):
     ]
 
 
-def test_it_says_what_it_took(key, caplog):
-    q = jax.random.normal(key, (1, 77, 1, 16))
+def test_it_says_what_it_took(key, caplog, tiled):
+    length = 77 if tiled == "native" else 78  # a process says it once
+    q = jax.random.normal(key, (1, length, 1, 16))
     with caplog.at_level("INFO", "research.kernels.select"):
         for _ in range(2):
             attend_auto(q, q, q, Mask())
-    said = "77 queries and 77 keys of 16 float32"
-    assert caplog.messages == [f"attention of {said}: blockwise"]
-    assert picked()[said] == "blockwise"
+    said = f"{length} queries and {length} keys of 16 float32"
+    assert caplog.messages == [f"attention of {said}: {tiled}"]
+    assert picked()[said] == tiled
 
 
 @pytest.mark.parametrize("T", [1, 64])
-def test_auto_runs_the_kernel_it_names(key, T):
+def test_auto_runs_the_kernel_it_names(key, T, tiled):
     q, k, v = (jax.random.normal(x, (1, 64, 2, 8)) for x in jax.random.split(key, 3))
     q, mask = q[:, -T:], Mask(offset=64 - T)
-    tiled = "custom_vjp" in str(jax.make_jaxpr(lambda *x: attend_auto(*x, mask))(q, k, v))
-    assert tiled == (kernel_name(T, 64) == "blockwise")
+    program = str(jax.make_jaxpr(lambda *x: attend_auto(*x, mask))(q, k, v))
+    name = kernel_name(T, 64)
+    assert ("custom_vjp" in program, "native_forward" in program) == (T == 64, name == "native")
     np.testing.assert_allclose(
         attend_auto(q, k, v, mask, 0.2), reference(q, k, v, mask, 0.2), atol=2e-6
     )

@@ -259,11 +259,11 @@ def test_a_full_cache_and_mixed_head_sizes_are_errors(params, tokens):
         decoder.init(decoder.Decoder(dataclasses.replace(CONFIG, stacks=stacks)), jax.random.key(0))
 
 
-def test_blockwise_attention_in_a_cache_with_left_padding(params):
+def test_attention_in_tiles_in_a_cache_with_left_padding(params):
     """Long enough that the default kernel is not the reference form."""
     tokens = jax.random.randint(jax.random.key(5), (2, 40), 0, 50)
     segments = jnp.ones_like(tokens).at[0, :7].set(0)
-    assert kernel_name(40, 72) == "blockwise"
+    assert kernel_name(40, 72) != "reference"
     cache = decoder.empty_cache(MODEL, 2, 72)
     logits, cache = apply(params, tokens[:, :24], segment_ids=segments[:, :24], cache=cache)
     more, _ = apply(params, tokens[:, 24:], segment_ids=segments[:, 24:], cache=cache)
