@@ -1,8 +1,8 @@
 // FlashAttention-2 (Dao 2023, arXiv:2307.08691) for a CPU, as two calls of XLA's foreign function
 // interface. `native.py` compiles this file, cuts arrays into blocks and has the derivation's names.
 //
-// What XLA's own loops cannot do and this does: a tile of scores stays in the first-level cache from
-// its product to its last use, and threads meet once a call, not once an operation. Tiles lie
+// What XLA's own loops cannot do and this does: a tile of scores is small enough for the first-level
+// cache from its product to its last use, and threads meet once a call, not once an operation. Tiles lie
 // transposed, keys by queries, so that what softmax needs of a row (a query) is done lane by lane.
 // No sum depends on the number of threads or on their order. All is float32; scores are in base 2.
 
@@ -25,8 +25,10 @@ namespace {
 constexpr int LANES = 16, ROWS = 4, COLUMNS = 4;
 #elif defined(__AVX__)
 constexpr int LANES = 8, ROWS = 4, COLUMNS = 2;
-#else
+#elif defined(__ARM_NEON)
 constexpr int LANES = 4, ROWS = 4, COLUMNS = 4;
+#else
+constexpr int LANES = 4, ROWS = 4, COLUMNS = 2;
 #endif
 
 constexpr int BLOCK = 64;        // most queries and most keys of a tile
@@ -34,13 +36,13 @@ constexpr float MASKED = -1e30f;  // as in online.py
 enum { EMPTY, PARTIAL, FULL };    // as in tiles.py
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 
 // 2^x for x <= 127, to the last bit or two; 0 below the normal numbers. 2^x = 2^n 2^f with n whole and
-// |f| <= 1/2: the polynomial of Cephes' exp2f for 2^f, and n added to the exponent's bits.
+// |f| <= 1/2: the polynomial of Cephes' exp2f for 2^f, and 2^n from the bits of an exponent. Nan stays nan.
 inline Vec power_of_2(Vec x) {
   const float round = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
   Vec n = x + round;
@@ -51,8 +53,8 @@ inline Vec power_of_2(Vec x) {
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.f;
-  Ints bits = reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(n) << 23);
-  return x < -126.f ? Vec{} : reinterpret_cast<Vec>(bits);
+  Bits power = (reinterpret_cast<Bits>(n) << 23) + 0x3f800000u;
+  return x < -126.f ? Vec{} : p * reinterpret_cast<Vec>(power);
 }
 
 // ROWS rows and V vectors of columns of c [., N] (+)= a b [K, N], where a[m, k] is a[m * am + k * ak].
@@ -131,21 +133,22 @@ struct Sizes {
 
 ffi::Error unfit() {
   return ffi::Error::InvalidArgument(
-      "native attention: blocks must be at most 64 long, and they and H multiples of 16");
+      "native attention: blocks must be at most 64 long, they and H whole vectors (native.py's MULTIPLE)");
 }
 
 // Which tiles to visit, and which pairs inside a PARTIAL one are seen: mask.py's structure.
 struct Masking {
   const int32_t *states, *prefix, *query_segments, *key_segments;
-  long rows, row_states, offset, low, high;
+  long rows, row_states;
+  int offset, low, high;
   Sizes sizes;
 
   Masking(const S32& states, const S32& offset, const S32& prefix, const S32& query_segments,
-          const S32& key_segments, int64_t low, int64_t high, const Sizes& sizes)
+          const S32& key_segments, int64_t low, int64_t high, Sizes sizes)
       : states(states.typed_data()), prefix(prefix.typed_data()),
         query_segments(query_segments.typed_data()), key_segments(key_segments.typed_data()),
         rows(prefix.element_count()), row_states(states.dimensions()[0]),
-        offset(offset.typed_data()[0]), low(low), high(high), sizes(sizes) {}
+        offset(offset.typed_data()[0]), low(int(low)), high(int(high)), sizes(sizes) {}
 
   long row(long n) const { return n / (sizes.N / rows); }
 
@@ -158,10 +161,11 @@ struct Masking {
     long b = row(n);
     const int32_t* of_query = query_segments + sizes.query_at(b, i);
     const int32_t* of_key = key_segments + sizes.key_at(b, j);
-    for (int y = 0; y < sizes.keys; y++, scores += sizes.queries) {
-      int key = j * sizes.keys + y, gap = key - (i * sizes.queries + offset), segment = of_key[y];
+    int queries = sizes.queries, keys = sizes.keys;
+    for (int y = 0; y < keys; y++, scores += queries) {
+      int key = j * keys + y, gap = key - (i * queries + offset), segment = of_key[y];
       bool open = key < prefix[b];
-      for (int x = 0; x < sizes.queries; x++) {
+      for (int x = 0; x < queries; x++) {
         bool near = (gap - x >= low) & (gap - x <= high);
         bool seen = (open | near) & (of_query[x] == segment) & (segment != 0);
         scores[x] = seen ? scores[x] : MASKED;
@@ -171,7 +175,7 @@ struct Masking {
 };
 
 // Scores -> exp2(scores - peak) in place, for a tile; what rows keep (online.py's `absorb`).
-void absorb(float* scores, float* peak, float* total, float* shrink, const Sizes& z) {
+void absorb(float* scores, float* peak, float* total, float* shrink, Sizes z) {
   for (long x = 0; x < z.queries; x += LANES) {
     Vec before = load(peak + x), top = before, sum{};
     for (long y = 0; y < z.keys; y++) {
@@ -190,7 +194,7 @@ void absorb(float* scores, float* peak, float* total, float* shrink, const Sizes
   }
 }
 
-void scale_rows(float* rows, const float* by, const Sizes& z) {
+void scale_rows(float* rows, const float* by, Sizes z) {
   for (long x = 0; x < z.queries; x++)
     for (long h = 0; h < z.H; h += LANES) store(rows + x * z.H + h, load(rows + x * z.H + h) * by[x]);
 }
@@ -235,7 +239,7 @@ ffi::Error forward(ffi::ThreadPool pool, F32 queries_t, F32 k, F32 v, S32 states
 }
 
 // Scores and dO·v of a tile -> probabilities and gradients in the scores (online.py's `tile_grads`).
-void tile_grads(float* scores, float* grads, const float* lse, const float* delta, const Sizes& z) {
+void tile_grads(float* scores, float* grads, const float* lse, const float* delta, Sizes z) {
   for (long x = 0; x < z.queries; x += LANES) {
     Vec sum = load(lse + x), less = load(delta + x);
     for (long at = x; at < z.keys * z.queries; at += z.queries) {

@@ -1,11 +1,12 @@
 """Exact attention for a CPU in C++: FlashAttention-2 (Dao 2023, arXiv:2307.08691), `native.cc`.
 
-The mathematics and the tiles of `blockwise`, which is to be read first; what is gained is that a tile never
-leaves the first-level cache between its products, which XLA's loops cannot be told to do
-(docs/PERFORMANCE.md has the times of both). JAX cuts arrays into blocks, says which tiles to visit and
-sums over what shares a head; C++ works on tiles. Memory grows with T + S.
+The mathematics and the tiles of `blockwise`, which is to be read first; what is gained is that a tile of scores
+stays in the first-level cache from one product to the next, which XLA's loops cannot be told to do
+(docs/FLASH_ATTENTION.md has the times of both). JAX cuts arrays into blocks, says which tiles to visit
+and sums over what shares a head; C++ works on tiles. Memory grows with T + S.
 
-It needs a C++ compiler, which is asked for once (`build`). No ALiBi, soft cap or dropout.
+It needs a C++ compiler, which is asked for once (`build`). No ALiBi, soft cap or dropout, no second
+derivative, and XLA's own counts of FLOPs do not see it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from research.kernels.online import LOG2E
 from research.kernels.tiles import Tiles, allowed_gaps, from_groups, tile_states, to_groups
 from research.types import Array
 
-BLOCK = 64  # as in native.cc: two tiles of scores, a block of queries and one of keys fill 64 kB
+BLOCK = 64  # as in native.cc: a tile of scores is 16 kB
 MULTIPLE = 16  # what the lengths of blocks and heads are padded to: the widest vector of a CPU
 # The backward pass has at least so many pieces, however few heads there are. Not the number of
 # threads: the order of sums, and so every bit of a gradient, would depend on the machine.
@@ -43,6 +44,8 @@ def native(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None)
     """
     check_inputs(q, k, v, mask)
     reason = "has no slopes in its mask" if mask.slopes is not None else unavailable()
+    if jax.default_backend() != "cpu":
+        reason = f"runs on a CPU, and this is a {jax.default_backend()}"
     if reason:
         raise ValueError(f"the kernel 'native' {reason}: choose 'auto', 'blockwise' or 'reference'")
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -51,9 +54,7 @@ def native(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None)
 
 @cache
 def unavailable() -> str | None:
-    """Why the kernel cannot run in this process, or None. Compiles it where that was never done."""
-    if jax.default_backend() != "cpu":
-        return f"runs on a CPU, and this is a {jax.default_backend()}"
+    """Why this machine's CPU cannot run the kernel, or None. Compiles it where that was never done."""
     try:
         made = library(Path(__file__).with_suffix(".cc"))
     except BuildError as error:
@@ -120,7 +121,8 @@ def _mask_operands(mask: Mask, B: int, T: int, S: int, tiles: Tiles) -> tuple[Ar
 def _call(name: str, mask: Mask, *results: tuple[int, ...]):
     shapes = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results)
     low, high = allowed_gaps(mask)
-    return partial(jax.ffi.ffi_call(name, shapes, vmap_method="sequential"), low=low, high=high)
+    call = jax.ffi.ffi_call(name, shapes, vmap_method="sequential")
+    return partial(call, low=int(low), high=int(high))
 
 
 def _forward(q, k, v, mask, scale, tiles):

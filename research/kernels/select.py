@@ -2,7 +2,7 @@
 
 The choice is made while tracing and depends on nothing but the device, whether there is a C++ compiler, shapes,
 dtypes and what is asked for, so that it can be reported (`kernel_name`, `picked`) and never changes behind a
-run's back. The thresholds were measured on a CPU with `scripts/bench_attention.py`; on a GPU `flash_decode`
+run's back. (So all hosts of a run need the compiler, or none may have it.) The thresholds were measured on a CPU with `scripts/bench_attention.py`; on a GPU `flash_decode`
 was ahead of the plain form from a few thousand keys on, and even before (docs/FLASH_ATTENTION.md).
 """
 
@@ -48,10 +48,10 @@ def kernel_name(
 ) -> str:
     """The kernel `attend_auto` uses for T queries and S keys of H numbers, all of one dtype.
 
-    `group` query heads share a key head. `backend` is that of JAX's default device when None: 'cpu',
-    'gpu' (CUDA of generation 8 or later) or another. `biased` scores have ALiBi or a soft cap. C++ suits a
-    CPU, and the loops of `blockwise` where there is no compiler or it has not what is asked for; the
-    Pallas kernels suit a GPU; anything else takes 'reference'.
+    `group` query heads share a key head. `backend` is JAX's default one when None: 'cpu', 'gpu' (CUDA of
+    generation 8 or later) or another. `biased` scores have ALiBi or a soft cap. C++ suits a CPU, and where there
+    is no compiler, or C++ lacks what is asked for, the loops of `blockwise`; the Pallas kernels suit a GPU;
+    anything else takes 'reference'.
     """
     backend = backend or device_backend()
     if backend == "cpu":

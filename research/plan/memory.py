@@ -8,7 +8,7 @@ and goes is read off programs that were compiled for the rows of one device, by 
 
 One comes after the other, so that a step needs the larger. Three things differ on an accelerator:
 a CPU computes bfloat16 in float32, so that the first is an upper estimate; each compiler has a mind of its
-own about what it fuses; and attention is counted in tiles, as `kernels.blockwise` works.
+own about what it fuses; and attention is counted in the tiles of this machine's kernel.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.kernels.attend import reference
 from research.models.decoder import unstack
 from research.train.optim import Finished, Optimizer
 from research.train.optim import optimizer as make_optimizer
@@ -85,8 +86,9 @@ def memory_of(program: Any) -> dict[str, int]:
 
 
 def unscanned(model: Any) -> Any:
-    """The model with its layers one after another and nothing computed twice."""
-    return model.clone(config=dataclasses.replace(model.config, scan=False, remat=None))
+    """The model with its layers one after another, nothing computed twice, and attention that XLA can count."""
+    config = dataclasses.replace(model.config, scan=False, remat=None, attend=reference)
+    return model.clone(config=config)
 
 
 def state_bytes(tree: PyTree) -> int:

@@ -5,7 +5,8 @@
 
 As an optax transformation: the training loop's gradient comes in, the step goes out. It moves whatever is
 trained as part of the policy, so a critic is trained apart or left out (`baseline`, `rloo`, `grpo`). F times a
-vector is a second derivative, which a GPU's attention kernels lack: the policy is read with plain attention.
+vector is a second derivative, which the Pallas and C++ kernels of attention lack: the policy is read with
+plain attention.
 """
 
 from __future__ import annotations

@@ -35,6 +35,33 @@ CASES = {
 }
 
 
+# The same over many blocks of 64, with ids that differ by row and do not ascend.
+IDS_OF_MANY = jnp.array(np.random.default_rng(1).integers(0, 3, (B, 190)).repeat(2, axis=1))[
+    :, 7:197
+]
+MANY = {
+    "offset": (Mask(offset=40), 4, 1),
+    "two-sided window": (Mask(causal=False, window=90, offset=11), 2, 2),
+    "prefix and window": (Mask(prefix=jnp.array([170, 0]), window=30, offset=3), 4, 2),
+    "segments": (
+        Mask(query_segments=IDS_OF_MANY[:, 40:], key_segments=IDS_OF_MANY, offset=40),
+        4,
+        2,
+    ),
+    "all of these": (
+        Mask(
+            window=100,
+            prefix=jnp.array([20, 140]),
+            query_segments=IDS_OF_MANY[:, 40:],
+            key_segments=IDS_OF_MANY,
+            offset=jnp.int32(40),
+        ),
+        6,
+        2,
+    ),
+}
+
+
 def operands(key, N, K, T=T, S=S, B=B, dtype=jnp.float32):
     keys = jax.random.split(key, 4)
     shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)

@@ -1,6 +1,7 @@
 """Attention in C++ against the reference form, with the cases of `blockwise`; its compiler; its bits."""
 
 import os
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, operands, stack, temporary_bytes, value_and_grads
+from attention_cases import CASES, MANY, operands, stack, temporary_bytes, value_and_grads
 
 from research.kernels import build
 from research.kernels import native as module
@@ -20,9 +21,7 @@ from research.kernels.native import native, unavailable
 from research.kernels.select import attend_auto, kernel_name
 
 SEEN = {name: case for name, case in CASES.items() if case[0].slopes is None}
-pytestmark = pytest.mark.skipif(
-    not any(map(build.shutil.which, build.COMPILERS)), reason="no C++ compiler"
-)
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason="no C++ compiler")
 
 
 def close(ours, theirs, error=2e-6):
@@ -40,6 +39,13 @@ def heads_of(key, H, T, S, N=4, K=2, B=2):
 def test_values_and_gradients_equal_the_reference(key, name):
     mask, N, K = SEEN[name]
     args = (*operands(key, N, K), mask)
+    close(value_and_grads(native, *args), value_and_grads(reference, *args))
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_masks_over_many_blocks(key, name):
+    mask, N, K = MANY[name]
+    args = (*operands(key, N, K, T=150, S=190), mask)
     close(value_and_grads(native, *args), value_and_grads(reference, *args))
 
 
@@ -72,12 +78,16 @@ def test_rows_that_see_nothing_are_zero_and_keys_nobody_sees_have_no_gradient(ke
         assert not np.any(x[0, :70]) and not np.any(x[1])
 
 
-def test_keys_beyond_the_diagonal_are_never_read_and_nan_before_it_is_seen(key):
+NAN, CUDAS_NAN = (np.array(bits, np.uint32).view(np.float32) for bits in (0x7FC00000, 0x7FFFFFFF))
+
+
+@pytest.mark.parametrize("nan", [NAN, CUDAS_NAN, -CUDAS_NAN])
+def test_nan_reaches_who_sees_it_and_nobody_else(key, nan):
     q, k, v, _ = heads_of(key, 16, 64, 256)
     wanted = reference(q, k, v, Mask())
-    k, v = (x.at[:, 64:].set(jnp.nan) for x in (k, v))
+    k, v = (x.at[:, 64:].set(nan) for x in (k, v))  # a tile that causal queries never read
     close([native(q, k, v, Mask())], [wanted])
-    out = native(q, k.at[0, 10].set(jnp.nan), v, Mask())
+    out = native(q, k.at[0, 10].set(nan), v, Mask())
     assert np.all(np.isfinite(out[0, :10])) and np.all(np.isnan(out[0, 10:]))
     assert np.all(np.isfinite(out[1]))
 
@@ -197,25 +207,51 @@ def test_without_a_compiler_blockwise_takes_its_place_and_says_so(
         native(q, q, q, Mask())
 
 
-def test_what_a_compiler_says_is_passed_on(tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_no_compiler_either(forgetful, monkeypatch, tmp_path):
+    (tmp_path / "native").write_text("a file where a folder should be")
     monkeypatch.setattr(build, "directory", lambda kind: tmp_path / kind)
-    source = tmp_path / "broken.cc"
+    assert kernel_name(64, 64) == "blockwise"
+    assert "Not a directory" in unavailable() or "exists" in unavailable()
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder that libraries are kept under instead of the user's."""
+    monkeypatch.setattr(build, "directory", lambda kind: tmp_path / kind)
+    return tmp_path
+
+
+def test_what_a_compiler_says_is_passed_on(elsewhere):
+    source = elsewhere / "broken.cc"
     source.write_text("int broken( {\n")
     with pytest.raises(build.BuildError, match=r"(?s)broken\.cc -o .*status 1:.*expected"):
         build.library(source)
-    assert not list((tmp_path / "native").iterdir())
+    assert not list((elsewhere / "native").iterdir())
 
 
-def test_a_library_is_made_once_and_anew_when_its_source_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "directory", lambda kind: tmp_path / kind)
-    source = tmp_path / "answer.cc"
+def test_a_library_is_made_once_and_anew_when_its_source_changes(elsewhere, monkeypatch):
+    source = elsewhere / "answer.cc"
     for answer in (41, 42):
         source.write_text(f'extern "C" int answer() {{ return {answer}; }}\n')
         assert build.library(source).answer() == answer
-    made = sorted((tmp_path / "native").iterdir())
+    made = sorted((elsewhere / "native").iterdir())
     before = [path.stat().st_mtime_ns for path in made]
     assert build.library(source).answer() == 42 and len(made) == 2
     assert [path.stat().st_mtime_ns for path in made] == before
+    monkeypatch.setenv("CXX", f"env {shlex.join(build.find_compiler())}")  # a wrapper
+    assert build.library(source).answer() == 42
+
+
+def test_a_damaged_library_is_made_anew(elsewhere):
+    source = elsewhere / "answer.cc"
+    source.write_text('extern "C" int answer() { return 43; }\n')
+    folder = elsewhere / "native"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:  # writes half of a file where the library will be
+        patch.setattr(build, "_compile", lambda compiler, source, target: target.write_text("half"))
+        with pytest.raises(build.BuildError, match=r"too short|invalid"):
+            build.library(source)
+    assert build.library(source).answer() == 43
 
 
 @pytest.mark.parametrize("length", [1, 16, 63, 64, 65, 100, 1000, 4096])
