@@ -43,13 +43,18 @@ def native(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None)
     the backward pass needs.
     """
     check_inputs(q, k, v, mask)
-    reason = "has no slopes in its mask" if mask.slopes is not None else unavailable()
-    if jax.default_backend() != "cpu":
-        reason = f"runs on a CPU, and this is a {jax.default_backend()}"
+    reason = _unable(mask) or unavailable()
     if reason:
         raise ValueError(f"the kernel 'native' {reason}: choose 'auto', 'blockwise' or 'reference'")
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return _attention(q, k, v, mask, scale, Tiles(_even(q.shape[1]), _even(k.shape[1])))
+
+
+def _unable(mask: Mask) -> str | None:
+    """Why the call cannot be made on any machine like this, or None."""
+    if jax.default_backend() != "cpu":
+        return f"runs on a CPU, and this is a {jax.default_backend()}"
+    return None if mask.slopes is None else "has no slopes in its mask"
 
 
 @cache

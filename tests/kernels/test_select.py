@@ -102,3 +102,11 @@ def test_a_kernel_on_the_wrong_device_is_an_error(key):
     for name in ("flash1", "flash2", "flash_decode", "cudnn"):
         with pytest.raises(ValueError, match=f"'{name}' runs on a GPU, and this is a cpu"):
             kernel(name)(q[:, :8], q[:, :8], q[:, :8], Mask())
+
+
+def test_the_kernel_for_a_cpu_is_refused_elsewhere_before_it_is_compiled(key, monkeypatch):
+    q = jax.random.normal(key, (1, 64, 2, 16))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("research.kernels.native.unavailable", lambda: pytest.fail("compiled"))
+    with pytest.raises(ValueError, match="'native' runs on a CPU, and this is a gpu"):
+        kernel("native")(q, q, q, Mask())
